@@ -1,0 +1,12 @@
+"""RMSProp for JAX, exact in every dialect: one Optax gradient transformation."""
+
+from importlib.metadata import version
+
+from ._rmsprop import (
+    rmsprop as rmsprop,
+    RMSPropState as RMSPropState,
+    scale_by_rms as scale_by_rms,
+)
+
+
+__version__ = version("rmsprop_jax")

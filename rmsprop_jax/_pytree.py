@@ -1,0 +1,160 @@
+"""From a rule for one array to an Optax transformation: trees, jit, dtypes, leaf errors.
+
+Nothing here knows what the rule computes.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import keystr, tree_flatten_with_path
+from jax.typing import ArrayLike, DTypeLike
+
+from . import _storage
+
+
+# rule(hyper, count, grad, param or None, **slots) -> (update, new slots), for one array and all in
+# one precision. Hashed by value: equal rules share one compiled update.
+Rule = Callable[..., tuple[jax.Array, dict[str, Any]]]
+
+
+class Slot(NamedTuple):
+    """What a rule remembers of each parameter."""
+
+    initial: ArrayLike  # shape=()
+    real: bool = False  # real even where the parameter is complex
+
+
+def lift(
+    rule: Rule,
+    hyper: Callable[[jax.Array], Any],
+    slots: Mapping[str, Slot | None],
+    state_type: Callable[..., Any],
+    params_for: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lifts a rule for one array to a gradient transformation.
+
+    Args:
+        rule: the update of one array.
+        hyper: from the number of updates made so far to the rule's numbers, a tree of scalars.
+        slots: what the state holds beside `count`; None where it holds nothing.
+        state_type: builds the state, a NamedTuple, from `count` and the slots' names.
+        params_for: the option for which `update` needs `params`, if there is one.
+    """
+
+    def init(params: optax.Params) -> Any:
+        # Slot by slot, not leaf by leaf: optax.tree.map_params hands in a node without leaves.
+        def build(slot: Slot) -> optax.Params:
+            def leaf(path: Any, param: Any) -> jax.Array:
+                dtype = _storage.compute_dtype(_checked_dtype("parameter", path, param))
+                return _storage.full_like(param, slot.initial, _storage.real_dtype(dtype) if slot.real else dtype)
+
+            return jax.tree.map_with_path(leaf, params)
+
+        trees = {name: None if slot is None else build(slot) for name, slot in slots.items()}
+        return state_type(count=_zero_count(params), **trees)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        if params_for is None:
+            params = None
+        elif params is None:
+            raise ValueError(f"{params_for} needs the parameters: call update(updates, state, params)")
+        return _update(rule, hyper(state.count), updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# At module level, with every number an argument: a transformation that is built anew at
+# each step, as optax.inject_hyperparams does, finds the update that the last one compiled.
+@functools.partial(jax.jit, static_argnames="rule", inline=True)
+def _update(
+    rule: Rule, hyper: Any, updates: optax.Updates, state: Any, params: optax.Params | None
+) -> tuple[optax.Updates, Any]:
+    count = optax.safe_increment(state.count)
+    hyper_in = functools.cache(lambda dtype: jax.tree.map(lambda x: jnp.asarray(x, dtype), hyper))
+    trees = {name: tree for name, tree in state._asdict().items() if name != "count" and tree is not None}
+
+    leaves, treedef = tree_flatten_with_path(updates)
+    params_column = _column(updates, params, "params") if params is not None else [None] * len(leaves)
+    columns = {name: _column(updates, tree, f"state.{name}") for name, tree in trees.items()}
+
+    steps: list[jax.Array] = []
+    new_columns: dict[str, list[jax.Array]] = {name: [] for name in trees}
+    for i, (path, grad) in enumerate(leaves):
+        kept = {name: column[i] for name, column in columns.items()}
+        step, new = _update_leaf(rule, hyper_in, count, path, grad, params_column[i], kept)
+        steps.append(step)
+        for name in trees:
+            new_columns[name].append(new[name])
+    new_trees = {name: treedef.unflatten(column) for name, column in new_columns.items()}
+    return treedef.unflatten(steps), state._replace(count=count, **new_trees)
+
+
+def _update_leaf(
+    rule: Rule, hyper_in: Callable[[Any], Any], count: ArrayLike, path: Any, grad: Any, param: Any, kept: dict[str, Any]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    grad_dtype = _checked_dtype("gradient", path, grad)
+    for name, other in {"parameter": param, **kept}.items():
+        if other is not None and jnp.shape(other) != jnp.shape(grad):
+            raise ValueError(
+                f"gradient{keystr(path)} has shape {jnp.shape(grad)}, its {name} {jnp.shape(other)}: they must be equal"
+            )
+    # In the gradient's precision or the state's, whichever is higher.
+    wide = np.result_type(_storage.compute_dtype(grad_dtype), *(x.dtype for x in kept.values()))
+    real = _storage.real_dtype(wide)
+    with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
+        step, new = rule(
+            hyper_in(real),
+            count,
+            jnp.asarray(grad, wide),
+            None if param is None else jnp.asarray(param, wide),
+            **{name: x.astype(wide if jnp.iscomplexobj(x) else real) for name, x in kept.items()},
+        )
+
+    def narrow(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+        if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(f"gradient{keystr(path)} is {grad_dtype}: it must be complex just where its parameter is")
+        return x.astype(dtype)
+
+    return narrow(step, grad_dtype), {name: narrow(new[name], x.dtype) for name, x in kept.items()}
+
+
+def _column(updates: optax.Updates, tree: Any, name: str) -> list[Any]:
+    """The leaves of `tree` in the order of `updates`' leaves; an error that names those without a partner."""
+    treedef = jax.tree.structure(updates)
+    if jax.tree.structure(tree) == treedef:
+        return jax.tree.leaves(tree)
+    grads, others = ({keystr(path) for path, _ in tree_flatten_with_path(t)[0]} for t in (updates, tree))
+    lacking = [f"no gradient for {path} of {name}" for path in sorted(others - grads)]
+    surplus = [f"no {path} in {name} for its gradient" for path in sorted(grads - others)]
+    what = "; ".join(lacking + surplus) or f"{treedef} is not {jax.tree.structure(tree)}"
+    raise ValueError(f"the gradients must have the structure of {name}: {what}")
+
+
+def _checked_dtype(kind: str, path: Any, leaf: Any) -> DTypeLike:
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{kind}{keystr(path)} has dtype {dtype}, allowed are floating and complex: "
+            "leave other leaves out (None, optax.masked) or convert them"
+        )
+    return dtype
+
+
+def _zero_count(params: optax.Params) -> jax.Array:
+    # On the parameters' mesh from the start. The first update would move it there, and the
+    # second, finding it elsewhere than the first did, would compile again.
+    for leaf in jax.tree.leaves(params):
+        sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            return jnp.zeros((), jnp.int32, device=NamedSharding(sharding.mesh, PartitionSpec()))
+    return jnp.zeros((), jnp.int32)

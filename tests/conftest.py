@@ -1,0 +1,35 @@
+"""The climate: eight CPU devices, no silent rank or dtype promotion, and (pyproject.toml) no warnings."""
+
+import contextlib
+
+import jax
+import pytest
+
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+_compiled: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, _, **kw: _compiled.append(event))
+
+
+@pytest.fixture
+def compilations():
+    """A context manager whose value, a list, has one entry per program that XLA compiled inside it."""
+
+    @contextlib.contextmanager
+    def watch():
+        events: list[str] = []
+        start = len(_compiled)
+        yield events
+        events += [event for event in _compiled[start:] if "backend_compile" in event]
+
+    return watch
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,443 @@
+"""The numbers: against Optax, against float64 recurrences, and exact where arithmetic gives exact values."""
+
+import functools
+import inspect
+import itertools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from hypothesis import given, settings, strategies as st
+from problems import distance, grads, START, trajectory
+
+from rmsprop_jax import rmsprop, scale_by_rms
+
+
+def schedule(count):
+    """From 0 up to 0.01 over 20 updates, then down by 0.97 every 4."""
+    count = count.astype(jnp.float32)
+    return 1e-2 * jnp.minimum(count / 20, 0.97 ** (count // 4))
+
+
+def schedule_f64(t):
+    return 1e-2 * min(t / 20, 0.97 ** (t // 4))
+
+
+FLAGS = [
+    dict(zip(("eps_in_sqrt", "centered", "bias_correction"), flags, strict=True))
+    for flags in itertools.product([True, False], repeat=3)
+]
+MOMENTA = [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.0}]
+NUMBERS = [
+    {"eps": eps, "initial_scale": scale, "decay": decay}
+    for eps, scale, decay in [(1e-8, 0.0, 0.9), (1e-3, 1.0, 0.9), (1e-8, 1.0, 0.99), (1e-3, 0.0, 0.5)]
+]
+DECAYS = [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled": True}]
+
+
+def grid(*axes):
+    """Every combination of one row per axis."""
+    rows = [functools.reduce(operator.or_, combination) for combination in itertools.product(*axes)]
+    return [pytest.param(row, id=",".join(f"{k}={v}" for k, v in row.items())) for row in rows]
+
+
+def comparable(rows):
+    """Without the documented difference: centered, Optax's bias correction starts from a variance of 0."""
+    return [row for row in rows if not (row.values[0]["centered"] and row.values[0]["bias_correction"])]
+
+
+@pytest.mark.parametrize("options", comparable(grid(FLAGS, MOMENTA, NUMBERS)))
+def test_equals_optax(options):
+    with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction mixes dtypes
+        theirs = trajectory(optax.rmsprop(1e-2, **options), steps=20)
+    assert distance(trajectory(rmsprop(1e-2, **options), steps=20), theirs) < 2e-5
+
+
+@pytest.mark.parametrize("options", comparable(grid(FLAGS, NUMBERS[:2])))
+def test_scale_by_rms_equals_optax(options):
+    centered = {k: v for k, v in options.items() if k != "centered"}
+    theirs = (optax.scale_by_stddev if options["centered"] else optax.scale_by_rms)(**centered)
+    ours, state = scale_by_rms(**options), None
+    gradient = jnp.asarray(grads(np.asarray(START, np.float64), 0), jnp.float32)
+    state, their_state = ours.init(gradient), theirs.init(gradient)
+    for scale in (1.0, -2.0, 0.5):
+        updates, state = ours.update(scale * gradient, state)
+        with jax.numpy_dtype_promotion("standard"):
+            expected, their_state = theirs.update(scale * gradient, their_state)
+        np.testing.assert_allclose(updates, expected, rtol=2e-5)
+
+
+def test_equals_adam_without_first_moment():
+    ours = scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True)
+    adam = optax.scale_by_adam(b1=0.0, b2=0.999)
+    tail = optax.scale(-1e-2)
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = trajectory(optax.chain(adam, tail))
+    assert distance(trajectory(optax.chain(ours, tail)), theirs) < 1e-6
+
+
+# The learning rate's place in the buffer is an option only where there is a buffer.
+PLACES = [MOMENTA[0], *({**row, "lr_in_momentum": place} for row in MOMENTA[1:3] for place in (True, False))]
+
+
+# Each row of structure with the next row of numbers.
+WHOLE_GRID = [
+    pytest.param(row.values[0] | numbers, id=f"{row.id},{numbers}")
+    for row, numbers in zip(grid(FLAGS, PLACES, DECAYS), itertools.cycle(NUMBERS), strict=False)
+]
+
+
+@pytest.mark.parametrize("options", WHOLE_GRID)
+def test_equals_float64(options):
+    theirs = reference.rmsprop(grads, START, 200, schedule_f64, **options)
+    assert distance(trajectory(rmsprop(schedule, **options)), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("options", grid(FLAGS[1:], [{}, {"momentum": 0.9, "weight_decay": 0.1}]))
+def test_equals_float64_on_complex_parameters(options):
+    start = (START + 1j * START[::-1]).astype(np.complex64)
+    theirs = reference.rmsprop(grads, start, 200, 1e-2, **options)
+    ours = trajectory(rmsprop(1e-2, **options), start)
+    assert ours.dtype == np.complex64
+    assert distance(ours, theirs, start) < 1e-5
+
+
+SGD = {"decay": 1.0, "eps": 0.0, "initial_scale": 1.0}
+
+# One parameter at 8, gradients 2 then 6, and numbers with exact binary fractions and exact roots.
+EXACT = {
+    # ν = 1, then 0.75 + 9 with decay 0.75: √(1 + 3) = 2.
+    "eps inside": ({"decay": 0.75, "eps": 3.0}, [8 - 0.5 * 2 / 2]),
+    "eps outside": ({"decay": 0.75, "eps": 3.0, "eps_in_sqrt": False}, [8 - 0.5 * 2 / 4]),
+    "initial scale": ({"decay": 0.75, "eps": 0.0, "initial_scale": 4.0}, [8 - 0.5 * 2 / 2]),
+    "decay 1 and eps 0": ({"decay": 1.0, "eps": 0.0, "initial_scale": 4.0}, [8 - 0.5 * 2 / 2, 7.5 - 0.5 * 6 / 2]),
+    "decay 0": ({"decay": 0.0, "eps": 0.0}, [8 - 0.5, 7.5 - 0.5]),
+    "bias correction": ({"decay": 0.75, "eps": 0.0, "bias_correction": True}, [8 - 0.5 * 2 / 2]),
+    # μ = 1, ν = ½(0 + ½·2²) = 1, then μ = 3.5, ν = ½(1 + ½·5²) = 6.75, √(6.75 + 2.25) = 3 (eps only then).
+    "centered": ({"decay": 0.5, "eps": 0.0, "centered": True}, [8 - 0.5 * 2 / 1]),
+    "centered, eps": ({"decay": 0.5, "eps": 2.25, "centered": True}, [None, ("last", 0.5 * 6 / 3)]),
+    "centered, initial scale": ({"decay": 0.5, "eps": 0.0, "centered": True, "initial_scale": 6.0}, [8 - 0.5 * 2 / 2]),
+    # (ν + ½μ²) / ½ = (1 + ½) / ½ = 3, √(3 + 1) = 2.
+    "centered, bias correction": (
+        {"decay": 0.5, "eps": 1.0, "centered": True, "bias_correction": True},
+        [8 - 0.5 * 2 / 2],
+    ),
+    # From here on α = ½, g = 2 and then 6.
+    "sgd": (SGD, [7, 4]),
+    "momentum": (SGD | {"momentum": 0.5}, [7, 7 - (0.5 * 1 + 3)]),
+    "nesterov": (
+        SGD | {"momentum": 0.5, "nesterov": True},
+        [8 - (0.5 * 1 + 1), 6.5 - (0.5 * 3.5 + 3)],
+    ),
+    "lr outside momentum": (
+        {
+            "decay": 1.0,
+            "eps": 0.0,
+            "initial_scale": 1.0,
+            "momentum": 0.5,
+            "lr_in_momentum": False,
+            "rates": [0.5, 0.25],
+        },
+        [7, 7 - 0.25 * (0.5 * 2 + 6)],
+    ),
+    "lr inside momentum": (
+        SGD | {"momentum": 0.5, "rates": [0.5, 0.25]},
+        [7, 7 - (0.5 * 1 + 0.25 * 6)],
+    ),
+    "coupled decay": (SGD | {"weight_decay": 0.25}, [8 - 0.5 * (2 + 2)]),
+    "coupled decay enters the average": ({"decay": 0.75, "eps": 0.0, "weight_decay": 0.25}, [8 - 0.5 * 4 / 2]),
+    "decoupled decay": (
+        SGD | {"weight_decay": 0.25, "decoupled": True},
+        [8 - 0.5 * 2 - 0.5 * 0.25 * 8],
+    ),
+    "decoupled decay stays out of the buffer": (
+        SGD | {"weight_decay": 0.25, "decoupled": True, "momentum": 0.5, "rates": [0.5, 0.0]},
+        [6, 6 - 0.5 * 1],
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), EXACT.values(), ids=EXACT.keys())
+def test_exact_values(options, expected):
+    options = dict(options)
+    rates = jnp.asarray(options.pop("rates", [0.5, 0.5]))
+    tx = rmsprop(lambda count: rates[count], **options)
+    params = jnp.float32(8.0)
+    state = tx.init(params)
+    for gradient, value in zip((2.0, 6.0), expected, strict=False):
+        updates, state = tx.update(jnp.float32(gradient), state, params)
+        if isinstance(value, tuple):
+            assert updates == -value[1]
+        params = params + updates
+        assert value is None or isinstance(value, tuple) or params == value
+
+
+# --- What breaks today (ecosystem.md, section 4), letter by letter ---------------------------------------
+
+ALL_FLAGS = grid(FLAGS, [{}, {"momentum": 0.9, "nesterov": True}])
+
+
+def run(tx, gradients, params):
+    """The parameters after the gradients, and the last update and state."""
+
+    def step(carry, gradient):
+        params, state = carry
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    (params, state), updates = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g))(params, gradients)
+    return params, updates, state
+
+
+def finite(tree):
+    return all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("options", ALL_FLAGS)
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
+def test_a_zero_gradient_gives_a_zero_update(options, eps, dtype):
+    _, updates, state = run(rmsprop(1e-3, eps=eps, **options), jnp.zeros((3, 4), dtype), jnp.ones(4, dtype))
+    np.testing.assert_array_equal(updates, np.zeros((3, 4)))
+    assert updates.dtype == dtype
+    assert finite(state)
+
+
+@pytest.mark.parametrize("gradient", [6e-8, 3e-4, 300.0, 6e4])
+def test_a_float16_steps_like_float32(gradient):
+    half = run(rmsprop(1e-3), jnp.full((3, 1), gradient, jnp.float16), jnp.ones(1, jnp.float16))
+    full = run(rmsprop(1e-3), jnp.full((3, 1), jnp.float16(gradient), jnp.float32), jnp.ones(1))
+    np.testing.assert_array_equal(half[1], full[1].astype(jnp.float16))
+    np.testing.assert_array_equal(half[2].nu, full[2].nu)
+    assert half[1][0] < 0
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_b_averages_of_half_precision_gradients_are_exact(decay, dtype):
+    gradients = jax.random.normal(jax.random.key(0), (1000, 64)).astype(dtype)
+    *_, state = run(scale_by_rms(decay), gradients, jnp.zeros(64, dtype))
+    expected = np.zeros(64)
+    for g in np.asarray(gradients, np.float64):
+        expected = decay * expected + (1 - decay) * g**2
+    assert state.nu.dtype == jnp.float32
+    # 1 - decay**1000 in float32 is off by 1000 · 2⁻²⁵ at most.
+    np.testing.assert_allclose(state.nu, expected, rtol=3e-5)
+    # And it forgets: in bfloat16 0.999 is 1, and nothing ever decays.
+    *_, after = run(
+        scale_by_rms(0.999), jnp.concatenate([gradients, jnp.zeros((5000, 64), dtype)]), jnp.zeros(64, dtype)
+    )
+    assert after.nu.max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float32), (jnp.float32, jnp.float16)]
+)
+def test_b_the_state_keeps_its_dtype(dtypes):
+    parameter, gradient = dtypes
+    tx = rmsprop(1e-3, centered=True, momentum=0.9)
+    state = tx.init(jnp.ones(3, parameter))
+    updates, after = tx.update(jnp.ones(3, gradient), state)
+    assert updates.dtype == gradient
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
+@pytest.mark.parametrize("eps_in_sqrt", [True, False])
+@pytest.mark.parametrize("eps", [1e-5, 1e-8, 0.0])
+@pytest.mark.parametrize(("c", "noise"), [(1.0, 1e-4), (1.0, 1e-3), (1.0, 0.0), (10.0, 1e-4), (1e-3, 1e-4)])
+def test_c_nearly_constant_gradients(eps_in_sqrt, eps, c, noise):
+    gradients = c * (1 + noise * jax.random.normal(jax.random.key(0), (2000, 100)))
+    options = {"centered": True, "eps": eps, "eps_in_sqrt": eps_in_sqrt}
+    params, updates, state = run(rmsprop(1e-3, **options), gradients, jnp.zeros(100))
+    assert finite((params, updates, state))
+    if noise:  # the step is about g / standard deviation: against float64 over the last half
+        deviations = np.sqrt(np.asarray(state.nu, np.float64))
+        np.testing.assert_allclose(np.median(deviations), c * noise, rtol=0.3)
+
+
+def test_c_centered_with_bias_correction_starts_with_a_step_of_the_learning_rate():
+    for gradient in (1e-6, 0.3, 1e6):
+        tx = rmsprop(1e-3, centered=True, bias_correction=True, eps=0.0)
+        updates, _ = tx.update(jnp.float32(gradient), tx.init(jnp.float32(0)))
+        # ν̂ = (ρ(1-ρ) + ρ(1-ρ)²) g² / (1-ρ) = ρ(2-ρ) g² = 0.99 g²
+        np.testing.assert_allclose(updates, -1e-3 / np.sqrt(0.99), rtol=1e-6)
+
+
+OTHERS = grid([{}, {"centered": True}, {"eps_in_sqrt": False}, {"momentum": 0.9}, {"bias_correction": True}])
+
+
+@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("bad", [1e19, 1e20, 1e25, 3e38, -3e38])
+def test_d_recovers_from_a_huge_gradient(options, bad):
+    tx = rmsprop(1e-3, **options)
+    good = jnp.ones((10, 2)).at[5].set(-1.0)
+    gradients = jnp.concatenate([good, jnp.full((1, 2), bad).at[0, 1].set(1.0), jnp.ones((1500, 2)).at[::2].set(-0.5)])
+    params, updates, state = run(tx, gradients, jnp.zeros(2))
+    assert finite((params, updates, state))
+    # The step itself is as long as a first step, about √1/(1-ρ), and not 1e25 / √largest ...
+    assert 1e-3 < abs(updates[10, 0]) < 20e-3
+    # ... and at the end the two columns, with and without the accident, walk together again.
+    np.testing.assert_allclose(updates[-10:, 0], updates[-10:, 1], rtol=1e-3)
+    assert np.abs(updates[-10:]).min() > 1e-5
+
+
+@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999, 0.9999])
+def test_d_an_average_of_huge_gradients_stays_finite(options, decay):
+    gradients = jnp.full((500, 2), 3e38).at[1::2, 1].set(-3e38)
+    *_, state = run(rmsprop(1e-3, decay=decay, **options), gradients, jnp.zeros(2))
+    assert finite(state)
+
+
+@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.complex64])
+def test_d_does_not_hide_inf_and_nan(options, bad, dtype):
+    tx = rmsprop(1e-3, **options)
+    params = jnp.ones(3, dtype)
+    _, state = tx.update(jnp.ones(3, dtype), tx.init(params), params)
+    updates, _ = tx.update(jnp.ones(3, dtype).at[1].set(bad), state, params)
+    assert jnp.isfinite(updates).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+def test_d_apply_if_finite_restores_everything(bad):
+    tx = optax.apply_if_finite(rmsprop(1e-3, momentum=0.9), 5)
+    good = jax.random.normal(jax.random.key(0), (4, 3))
+    clean, *_ = run(tx, good, jnp.zeros(3))
+    params, *_ = run(tx, jnp.insert(good, 2, bad, axis=0), jnp.zeros(3))
+    np.testing.assert_array_equal(params, clean)
+
+
+@pytest.mark.parametrize("options", ALL_FLAGS)
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+def test_e_derivatives_through_updates(options, eps, dtype):
+    data = jnp.array([1.0, 0.0, -2.0], dtype)
+
+    def loss(rate, start, data):
+        tx = rmsprop(rate, eps=eps, **options)
+        params, state = start, tx.init(start)
+        for _ in range(3):
+            updates, state = tx.update(data * params.real.astype(dtype), state, params)
+            params = params + updates
+        return jnp.sum(params.real**2)
+
+    derivatives = jax.grad(loss, (0, 1, 2))(0.01, jnp.ones(3, dtype), data)
+    assert finite(derivatives)
+    assert derivatives[0] != 0
+
+
+def test_e_derivative_with_respect_to_the_learning_rate():
+    def loss(rate):
+        tx = rmsprop(rate, momentum=0.9)
+        params = jnp.array([1.0, -3.0])
+        state = tx.init(params)
+        for _ in range(5):
+            updates, state = tx.update(2 * params, state, params)
+            params = params + updates
+        return jnp.sum(params**2)
+
+    with jax.enable_x64(True):
+        h = 1e-6
+        np.testing.assert_allclose(jax.grad(loss)(0.01), (loss(0.01 + h) - loss(0.01 - h)) / (2 * h), rtol=1e-5)
+
+
+BAD = {
+    "decay above 1": ({"decay": 1.5}, ValueError, "decay=1.5"),
+    "decay below 0": ({"decay": -0.5}, ValueError, "decay=-0.5"),
+    "decay NaN": ({"decay": float("nan")}, ValueError, "decay=nan"),
+    "decay array": ({"decay": np.array([0.9, 0.99])}, ValueError, r"decay has shape \(2,\)"),
+    "eps below 0": ({"eps": -1}, ValueError, "eps=-1"),
+    "eps NaN": ({"eps": np.float32("nan")}, ValueError, "eps="),
+    "learning rate NaN": ({"learning_rate": float("nan")}, ValueError, "learning_rate=nan"),
+    "learning rate inf": ({"learning_rate": float("inf")}, ValueError, "learning_rate=inf"),
+    "learning rate below 0": ({"learning_rate": -1}, ValueError, "learning_rate=-1"),
+    "learning rate None": ({"learning_rate": None}, ValueError, "learning_rate=None.*scale_by_rms"),
+    "learning rate text": ({"learning_rate": "0.1"}, TypeError, "learning_rate='0.1' is a str"),
+    "learning rate bool": ({"learning_rate": True}, TypeError, "learning_rate=True is a bool"),
+    "momentum above 1": ({"momentum": 2}, ValueError, r"momentum=2.*\[0, 1.0\]"),
+    "momentum below 0": ({"momentum": -1.0}, ValueError, "momentum=-1.0"),
+    "initial scale below 0": ({"initial_scale": -1.0}, ValueError, "initial_scale=-1.0"),
+    "weight decay below 0": ({"weight_decay": -0.1}, ValueError, "weight_decay=-0.1"),
+    "nesterov alone": ({"nesterov": True}, ValueError, "nesterov=True needs momentum"),
+    "centered text": ({"centered": "yes"}, TypeError, "centered='yes' is a str"),
+    "flag as a number": ({"lr_in_momentum": 1}, TypeError, "lr_in_momentum=1 is a int"),
+    "state dtype": ({"state_dtype": jnp.int8}, ValueError, "state_dtype=.*int8.*allowed"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD.values(), ids=BAD.keys())
+def test_i_bad_hyperparameters(options, error, message):
+    with pytest.raises(error, match=message):
+        rmsprop(**{"learning_rate": 0.1} | options)
+    if name := next(iter(options.keys() & {"decay", "eps", "initial_scale", "centered", "state_dtype"}), None):
+        with pytest.raises(error, match=message):
+            scale_by_rms(**{name: options[name]})
+
+
+def test_i_good_hyperparameters():
+    for number in (0, 1, 0.0, np.float32(1), np.float64(0.5), np.int64(1), np.array(0.5), jnp.float32(0.5)):
+        rmsprop(number, number, number, number, momentum=number, weight_decay=number)
+    # The value of an array is never looked at: it may be traced.
+    rmsprop(jnp.float32(-1), jnp.float32(7), np.array(-1.0))
+    jax.jit(lambda x: rmsprop(x, x, x, x, momentum=x, weight_decay=x).init(jnp.ones(2)))(-1.0)
+
+
+def test_i_low_precision_decay_is_told():
+    with pytest.warns(UserWarning, match="rounds 0.999 to 1.*hyperparam_dtype"):
+        rmsprop(1e-3, jnp.bfloat16(0.999))
+
+
+def test_signatures_are_optax_with_more():
+    for ours, theirs in ((rmsprop, optax.rmsprop), (scale_by_rms, optax.scale_by_rms)):
+        parameters = [inspect.signature(f).parameters.values() for f in (ours, theirs)]
+        positional = [(p.name, p.default) for p in parameters[0] if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert positional == [(p.name, p.default) for p in parameters[1]]
+    assert inspect.signature(rmsprop).parameters["learning_rate"].annotation is optax.ScalarOrSchedule
+
+
+# --- Any tree, dtype, magnitude ---------------------------------------------------------------------------
+
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    gradients=st.lists(st.tuples(floats, floats), min_size=1, max_size=6),
+    dtype=st.sampled_from([jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]),
+    eps=st.sampled_from([0.0, 1e-30, 1e-8, 1.0]),
+    decay=st.sampled_from([0.0, 0.5, 0.9, 0.999, 1.0]),
+    initial_scale=st.sampled_from([0.0, 1.0]),
+    flags=st.sampled_from(FLAGS),
+    momentum=st.sampled_from([None, 0.0, 0.9]),
+)
+def test_no_nan_of_our_own(gradients, dtype, eps, decay, initial_scale, flags, momentum):
+    tx = rmsprop(1e-3, decay, eps, initial_scale, momentum=momentum, **flags)
+    state = tx.init(jnp.ones(2, dtype))
+    for g in gradients:
+        limit = float(jnp.finfo(dtype).max)
+        g = jnp.clip(jnp.asarray(g), -limit, limit).astype(dtype)
+        updates, state = tx.update(g, state)
+        # g / √ε may be too large for the gradient's dtype; NaN it must never be.
+        assert not jnp.isnan(updates).any()
+        assert jnp.isfinite(state.nu).all()
+        if decay < 1 and initial_scale == 0 and momentum is None and not flags["centered"] and dtype == jnp.float32:
+            assert jnp.abs(updates).max() <= 1e-3 / np.sqrt(1 - decay) * (1 + 1e-6)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    gradients=st.lists(st.floats(1e-12, 1e12, width=32), min_size=1, max_size=5),
+    signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=5, max_size=5),
+    flags=st.sampled_from(FLAGS[:2] + FLAGS[4:6]),
+)
+def test_any_magnitude_equals_float64(gradients, signs, flags):
+    series = np.float32([s * g for s, g in zip(signs, gradients, strict=False)])
+    _, updates, _ = run(rmsprop(1.0, eps=1e-8, **flags), jnp.asarray(series), jnp.float32(0.0))
+    theirs = reference.rmsprop(lambda p, t: series[t], np.float32(0), len(series), 1.0, eps=1e-8, **flags)
+    np.testing.assert_allclose(np.cumsum(np.asarray(updates, np.float64)), theirs, rtol=1e-5, atol=1e-30)
