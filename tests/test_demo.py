@@ -1,0 +1,80 @@
+"""The command line: it learns, it explains itself, it says what to install."""
+
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rmsprop_jax import __main__ as demo, rmsprop
+
+
+@pytest.fixture(autouse=True)
+def users_climate():
+    """Flax and Optax mix dtypes and ranks: here the user's settings, not ours."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_the_command_learns(capsys, tmp_path):
+    file = tmp_path / "curves.png"
+    demo.main(["--epochs", "25", "--plot", str(file)])
+    out = capsys.readouterr().out
+    rows = dict(re.findall(r"│ (\S+) +│ +([\d.]+)%", out))
+    assert list(rows) == ["SGD", "Adam", "optax.rmsprop", "rmsprop_jax"]
+    assert float(rows["rmsprop_jax"]) >= 97
+    state_bytes = {name: int(n.replace(",", "")) for name, n in re.findall(r"│ (\S+) .*│ +([\d,]+) │", out)}
+    # Four bytes per parameter and the counts: ours, the schedule's.
+    assert state_bytes["rmsprop_jax"] == 4 * 38_282 + 4
+    assert state_bytes["Adam"] == 8 * 38_282 + 8
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_same_data_and_seed_same_run():
+    runs = [demo.train(f(1e-3), epochs=2, seed=3) for f in (rmsprop, rmsprop, optax.rmsprop)]
+    np.testing.assert_array_equal(runs[0].losses, runs[1].losses)
+    # Only at first: a network turns a difference of one rounding into one of percents.
+    np.testing.assert_allclose(runs[0].losses[:10], runs[2].losses[:10], rtol=1e-4)
+    assert len(runs[0].losses) == 2 * (1437 // demo.BATCH)
+    assert demo.train(rmsprop(1e-3), epochs=1, seed=4).losses[0] != runs[0].losses[0]
+
+
+def test_the_split_leaves_nothing_out_and_nothing_twice():
+    train, test = demo.load(0)
+    assert (len(train.labels), len(test.labels)) == (1437, 360)
+    together = np.concatenate([train.images, test.images]).reshape(1797, -1)
+    everything = demo.load_digits().data / 16
+    order = np.lexsort(together.T), np.lexsort(everything.T)
+    np.testing.assert_allclose(together[order[0]], everything[order[1]], rtol=1e-6)
+    assert train.images.dtype == jnp.float32
+    indices = list(demo.batches(1437, 2, 0))
+    first_epoch = np.concatenate(indices[: len(indices) // 2])
+    assert len(set(first_epoch)) == len(first_epoch) == 1437 // demo.BATCH * demo.BATCH
+
+
+def test_help_and_bad_arguments(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        demo.main(["--help"])
+    assert exit_info.value.code == 0
+    assert "handwritten digits" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_info:
+        demo.main(["--epochs", "0"])
+    assert exit_info.value.code == 2
+    assert "--epochs=0: allowed is 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"), [("flax", []), ("rich", []), ("sklearn", []), ("matplotlib", ["--epochs=1", "--plot=x"])]
+)
+def test_a_missing_extra_is_one_line(package, arguments):
+    # A module that is None in sys.modules is one that cannot be imported.
+    code = f"import sys, runpy; sys.modules[{package!r}] = None; sys.argv[1:] = {arguments}; "
+    code += "runpy.run_module('rmsprop_jax', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].endswith(f'needs {package}: pip install "rmsprop_jax[demo]"')
+    assert "Traceback" not in done.stderr

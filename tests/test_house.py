@@ -1,0 +1,64 @@
+"""The house: README, CHANGELOG, layout and imports are what they say."""
+
+import ast
+import pathlib
+import re
+import tomllib
+
+import jax
+import pytest
+
+import rmsprop_jax
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PACKAGE = ROOT / "rmsprop_jax"
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_readme_code_runs_as_pasted(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_readme_has_code():
+    assert len(re.findall("```python\n", README)) >= 3
+
+
+def test_version_is_the_top_of_the_changelog():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    newest = re.search(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == declared == rmsprop_jax.__version__
+
+
+def test_readme_names_everything_public():
+    public = [name for name in vars(rmsprop_jax) if not name.startswith("_") and name != "version"]
+    for name in public:
+        assert f"`{name}" in README or f"rmsprop_jax.{name}" in README, name
+
+
+# Imports point down only. Nothing else of the package may be imported by a module of a lower floor.
+FLOORS = [["_storage"], ["_pytree"], ["_rmsprop"], ["__main__"], ["__init__"]]
+
+
+def test_imports_point_one_way():
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    assert sorted(floor) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                for name in [node.module] if node.module else [alias.name for alias in node.names]:
+                    assert floor.get(name, floor["_rmsprop"]) < floor[path.stem], (path.name, name)
+
+
+def test_no_private_imports_of_the_hosts():
+    for path in PACKAGE.glob("*.py"):
+        assert not re.search(r"\b(jax|optax|flax)\._\w+", path.read_text()), path.name
+
+
+def test_the_package_is_small():
+    lines = sum(len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py"))
+    assert lines < 1300

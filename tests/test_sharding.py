@@ -1,0 +1,145 @@
+"""State follows the parameters over eight CPU devices, and the update moves nothing between them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from rmsprop_jax import rmsprop
+
+
+OPTIONS = [{}, {"centered": True, "momentum": 0.9, "nesterov": True, "bias_correction": True, "initial_scale": 1.0}]
+SPECS = {"w": P("x", None), "v": P(None, "y"), "b": P(("x", "y")), "r": P()}
+SHAPES = {"w": (8, 6), "v": (3, 4), "b": (16,), "r": (5,)}
+
+
+def mesh(axis_type):
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices("cpu")[:8])
+
+
+def sharded(mesh, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {
+        k: jax.device_put(rng.normal(size=SHAPES[k]).astype(dtype), NamedSharding(mesh, spec))
+        for k, spec in SPECS.items()
+    }
+
+
+def slots(state):
+    return [tree for tree in (state.nu, state.mu, state.trace) if tree is not None]
+
+
+def assert_sharded_alike(state, params):
+    for slot in slots(state):
+        for k, x in slot.items():
+            assert x.sharding.is_equivalent_to(params[k].sharding, x.ndim), (k, x.sharding)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_h_init_keeps_the_sharding(axis_type, options):
+    params = sharded(mesh(axis_type))
+    tx = rmsprop(0.1, **options)
+    for init in (tx.init, jax.jit(tx.init)):
+        state = init(params)
+        assert_sharded_alike(state, params)
+        for slot in slots(state):
+            assert slot["w"].addressable_shards[0].data.shape == (2, 6)
+    updates, state = tx.update(params, state, params)
+    assert_sharded_alike(state, params)
+    assert_sharded_alike(state._replace(nu=updates, mu=None, trace=None), params)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_h_init_inside_a_larger_jit_keeps_a_constraint(options):
+    auto = mesh(AxisType.Auto)
+    tx = rmsprop(0.1, **options)
+
+    @jax.jit
+    def start(key):
+        w = jax.lax.with_sharding_constraint(jax.random.normal(key, (8, 6)), NamedSharding(auto, P("x", None)))
+        return w, tx.init(w)
+
+    w, state = start(jax.random.key(0))
+    for slot in slots(state):
+        assert slot.sharding.is_equivalent_to(w.sharding, 2)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("jit_init", [False, True])
+def test_h_one_compilation_for_a_whole_run(axis_type, options, jit_init, compilations):
+    params = sharded(mesh(axis_type))
+    grads = sharded(mesh(axis_type))
+    tx = rmsprop(0.1, **options)
+    state = (jax.jit(tx.init) if jit_init else tx.init)(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with compilations() as compiled:
+        for _ in range(3):
+            params, state = step(params, state)
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_h_the_update_has_no_collectives_and_one_devices_numbers(options):
+    params = sharded(mesh(AxisType.Auto))
+    tx = rmsprop(0.1, **options)
+    state = tx.init(params)
+    compiled = jax.jit(tx.update).lower(params, state, params).compile()
+    text = compiled.as_text()
+    assert "f32[2,6]" in text  # one device's part of w
+    assert re.findall(r"\b(?:all-\w+|collective-\w+|reduce-scatter|partition-id)[\w-]*\(", text) == []
+    alone = jax.tree.map(np.asarray, params)
+    updates, state = compiled(params, state, params)
+    expected, expected_state = tx.update(alone, tx.init(alone), alone)
+    for a, b in zip(jax.tree.leaves((updates, state)), jax.tree.leaves((expected, expected_state)), strict=True):
+        # Equal but for what XLA rounds otherwise when the options' numbers are constants.
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("transform", ["vmap", "scan", "remat", "grad", "shard_map"])
+def test_h_init_under_transformations(transform, options):
+    tx = rmsprop(0.1, **options)
+    params = jnp.ones((8, 3))
+
+    def init(params):
+        return tx.init(params).nu
+
+    if transform == "vmap":
+        nu = jax.jit(jax.vmap(init))(params)
+    elif transform == "scan":
+        nu = jax.lax.scan(lambda _, p: (None, init(p)), None, params)[1]
+    elif transform == "remat":
+        nu = jax.jit(jax.checkpoint(init))(params)
+    elif transform == "grad":
+        nu = jax.jit(jax.value_and_grad(lambda p: (init(p) * p).sum(), has_aux=False))(params)[1]
+        assert (nu == tx.init(params).nu).all()
+    else:
+        one = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:8])
+        nu = jax.jit(jax.shard_map(init, mesh=one, in_specs=P("x"), out_specs=P("x")))(params)
+    np.testing.assert_array_equal(nu, np.full((8, 3), options.get("initial_scale", 0.0)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_explicit_sharding_types_are_stable(dtype, options):
+    """From Optax's sharding_test.py: the types of the state after init, update and jit are one."""
+    one = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices("cpu")[:8])
+    tx = rmsprop(1.0, **options)
+    with jax.set_mesh(one):
+        params = jnp.zeros((2, 8, 4), dtype, out_sharding=NamedSharding(one, P(None, "x")))
+        state = tx.init(params)
+        types = jax.tree.map(jax.typeof, state)
+        assert jax.tree.map(jax.typeof, jax.jit(tx.init)(params)) == types
+        for update in (tx.update, jax.jit(tx.update)):
+            assert jax.tree.map(jax.typeof, update(params, state, params)[1]) == types
