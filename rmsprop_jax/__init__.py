@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from . import dialects as dialects
 from ._rmsprop import (
     rmsprop as rmsprop,
     RMSPropState as RMSPropState,

@@ -44,9 +44,9 @@ class _Rule:
     """The update of one array. The fields are structure: another value is another program."""
 
     eps_in_sqrt: bool
-    centered: bool = False
+    centered: bool
+    bias_correction: bool
     nesterov: bool = False
-    bias_correction: bool = False
     lr_in_momentum: bool = True
     decoupled: bool = False
 
