@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import dialects as dialects
+from . import dialects as dialects, interop as interop
 from ._rmsprop import (
     rmsprop as rmsprop,
     RMSPropState as RMSPropState,

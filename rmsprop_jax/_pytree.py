@@ -68,6 +68,9 @@ def lift(
             params = None
         elif params is None:
             raise ValueError(f"{params_for} needs the parameters: call update(updates, state, params)")
+        for name, slot in slots.items():
+            if (slot is None) != (getattr(state, name) is None):
+                raise ValueError(f"state.{name} is {'not ' if slot is None else ''}None: made with other options")
         return _update(rule, hyper(state.count), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)

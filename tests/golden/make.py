@@ -1,6 +1,7 @@
 """Runs the installed frameworks and writes their trajectories: python tests/golden/make.py NAME [NAME ...]
 
-One file per framework, with every tenth step of each case and the versions that made it. See frameworks.py.
+One file per framework, with every tenth step of each case and the versions that made it (frameworks.py); and, under
+resume/, a checkpoint at half of a run with the parameters there and at the end (resume.py).
 """
 
 import importlib.metadata
@@ -15,7 +16,30 @@ import numpy as np
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
+import resume  # noqa: E402
 from frameworks import cases, FRAMEWORKS  # noqa: E402
+
+
+def flat(tree, path=""):
+    """Arrays by path; what is not an array as JSON."""
+    if isinstance(tree, dict):
+        return {k: v for name, x in tree.items() for k, v in flat(x, f"{path}/{name}").items()}
+    if isinstance(tree, list) and tree and isinstance(tree[0], tuple):
+        return flat(dict(tree), path)
+    if isinstance(tree, list):
+        return {path: np.array(json.dumps(tree))}
+    return {path: np.asarray(tree)}
+
+
+def write_resume(name, versions):
+    source = resume.SOURCES[name]
+    for options in source.options:
+        arguments = resume.foreign(name, options)
+        middle, checkpoint = source.run(arguments, resume.ORIGIN, 0, resume.STOP)
+        end, _ = source.run(arguments, resume.ORIGIN, 0, resume.END)
+        arrays = flat({"middle": middle, "end": end, "checkpoint": checkpoint})
+        file = HERE / "resume" / f"{resume.case_name(name, options)}.npz"
+        np.savez_compressed(file, versions=np.array(json.dumps(versions)), **arrays)
 
 
 for name in sys.argv[1:]:
@@ -29,4 +53,6 @@ for name in sys.argv[1:]:
     versions = {d: importlib.metadata.version(d) for d in (*framework.distributions, "numpy")}
     versions["python"] = platform.python_version()
     np.savez_compressed(HERE / f"{name}.npz", versions=np.array(json.dumps(versions)), **arrays)
+    if name in resume.SOURCES:
+        write_resume(name, versions)
     print(name, versions, len(arrays), "cases")
