@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import rmsprop
+from . import dialects, rmsprop
 
 
 try:
@@ -83,6 +83,11 @@ def batches(n: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
         yield from rng.permutation(n)[: n - n % BATCH].reshape(-1, BATCH)
 
 
+def initial(seed: int) -> tuple[Any, Any]:
+    """The network's structure, and its first parameters."""
+    return nnx.split(ConvNet(nnx.Rngs(seed)), nnx.Param)
+
+
 def train(
     tx: optax.GradientTransformation,
     epochs: int = 30,
@@ -91,7 +96,7 @@ def train(
 ) -> Run:
     """Trains the network from the same start and on the same batches whatever `tx` is."""
     train_set, test_set = load(seed)
-    graph, params = nnx.split(ConvNet(nnx.Rngs(seed)), nnx.Param)
+    graph, params = initial(seed)
 
     def loss_and_accuracy(params: Any, data: Digits) -> tuple[jax.Array, jax.Array]:
         logits = nnx.merge(graph, params)(data.images)
@@ -164,6 +169,54 @@ def plot(runs: dict[str, Run], file: str) -> None:
     figure.savefig(file, dpi=150)
 
 
+def families() -> dict[str, dict[str, Any]]:
+    """The dialects that are one program, and its structure: the same numbers for all, momentum where they have it."""
+    numbers = {"decay": 0.9, "eps": 1e-3}
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for dialect in dialects.DIALECTS:
+        moves = any(row["dialect"] == dialect.__name__ and row["momentum"] for row in dialects.table())
+        momentum = {"momentum": 0.9} if moves else {}
+        options = dialects.options(dialect, **momentum) | numbers | {"weight_decay": None, "decoupled": False}
+        del options["learning_rate"]
+        found.setdefault(tuple(options.items()), []).append(dialect.__name__)
+    return {", ".join(names): dict(options) for options, names in found.items()}
+
+
+def compare(epochs: int, seed: int, console: Console) -> None:
+    """Prints the table of dialects, and how far apart they end."""
+    table = Table(title="What a dialect's call comes to")
+    rows = dialects.table()
+    for column in rows[0]:
+        table.add_column(column, no_wrap=column == "dialect")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+
+    steps = epochs * ((1797 - TEST) // BATCH)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 5e-4, steps // 20, steps)
+    start = np.concatenate([np.ravel(x) for x in jax.tree.leaves(initial(seed)[1])])
+
+    def end(tx: optax.GradientTransformation) -> tuple[np.ndarray, Run]:
+        run = train(tx, epochs, seed)
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(run.params)]), run
+
+    table = Table(title=f"{steps} steps on the digits, all with decay 0.9, eps 1e-3, the same schedule and start")
+    for column in ("dialects", "momentum", "from optax.rmsprop", "training loss"):
+        table.add_column(column)
+    references: dict[Any, np.ndarray] = {}
+    for names, options in families().items():
+        momentum = options["momentum"]
+        if momentum not in references:
+            references[momentum], run = end(optax.rmsprop(schedule, eps=1e-3, momentum=momentum))
+            table.add_row("optax.rmsprop", f"{momentum}", "0", f"{run.losses[-20:].mean():.4f}")
+        theirs = references[momentum]
+        ours, run = end(rmsprop(schedule, **options))
+        distance = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs - start)
+        table.add_row(names, f"{momentum}", f"{distance:.2%}", f"{run.losses[-20:].mean():.4f}")
+    console.print(table)
+    console.print("Distances are relative to how far Optax's run went. The smallest are rounding alone.")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, trains with each optimizer, prints the table."""
     parser = argparse.ArgumentParser(
@@ -174,12 +227,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=30, help="passes over the training images (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, split and batches (default: 0)")
     parser.add_argument("--plot", metavar="FILE", help="draw the loss curves into FILE (.png, .svg, .pdf)")
+    parser.add_argument("--dialects", action="store_true", help="compare the dialects instead")
     options = parser.parse_args(arguments)
     if options.epochs < 1:
         parser.error(f"--epochs={options.epochs}: allowed is 1 or more")
 
     steps = options.epochs * ((1797 - TEST) // BATCH)
     console = Console()
+    if options.dialects:
+        return compare(options.epochs, options.seed, console)
     columns = (
         TextColumn("{task.description:13}"),
         BarColumn(),

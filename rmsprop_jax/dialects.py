@@ -17,8 +17,11 @@ independent halves are :func:`optax.contrib.split_real_and_imaginary` around a d
 
 # No `from __future__ import annotations`: see _rmsprop.py.
 
+import inspect
 import numbers
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import optax
 from jax.typing import ArrayLike
@@ -474,6 +477,65 @@ DIALECTS = (
     *(keras, tf_keras, tensorflow1, sonnet),
     *(paddle, mindspore, mlx, optimisers_jl),
 )
+
+
+def options(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+    """What a call of a dialect comes to: every argument of `rmsprop`, by name.
+
+    Example:
+        >>> options(pytorch, momentum=0.9)["lr_in_momentum"]
+        False
+    """
+
+    signature = inspect.signature(rmsprop)
+
+    def record(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    learning_rate, *_ = inspect.signature(dialect).parameters.values()
+    if learning_rate.default is learning_rate.empty:
+        arguments = {learning_rate.name: None} | arguments
+    with mock.patch.dict(globals(), rmsprop=record):
+        return dialect(**arguments)
+
+
+def table() -> list[dict[str, str]]:
+    """One row per dialect, one column per option in which they differ; "" is what one does not have."""
+
+    def probe(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any] | None:
+        try:
+            return options(dialect, **arguments)
+        except (TypeError, ValueError):  # no such argument, or refused
+            return None
+
+    rows = []
+    for dialect in DIALECTS:
+        plain, moving, decaying = options(dialect), probe(dialect, momentum=0.9), probe(dialect, weight_decay=0.1)
+        centering = probe(dialect, centered=True) or probe(dialect, centred=True)
+        root = {True: "inside", False: "outside"}
+        eps = root[plain["eps_in_sqrt"]]
+        if moving and moving["eps_in_sqrt"] != plain["eps_in_sqrt"]:
+            eps += f", {root[moving['eps_in_sqrt']]} with momentum"
+        decay = "" if decaying is None else "decoupled" if decaying["decoupled"] else "coupled"
+        if probe(dialect, weight_decay=0.1, decoupled_decay=True):
+            decay += " or decoupled"
+        rows.append(
+            {
+                "dialect": dialect.__name__,
+                "lr": "" if plain["learning_rate"] is None else f"{plain['learning_rate']:g}",
+                "decay": f"{plain['decay']:g}",
+                "eps": f"{plain['eps']:g}",
+                "eps vs root": eps,
+                "first ν": f"{plain['initial_scale']:g}",
+                "centered": "always" if plain["centered"] else "option" if centering else "",
+                "momentum": "" if moving is None else f"{plain['momentum'] or 0:g}",
+                "lr vs buffer": "" if moving is None else root[moving["lr_in_momentum"]],
+                "weight decay": decay,
+            }
+        )
+    return rows
 
 
 def _or_none(value: Any) -> Any:

@@ -308,3 +308,13 @@ def cases(framework: Framework):
     """(name, arguments, learning rates) of everything that is compared."""
     for arguments, (schedule, rates) in itertools.product(framework.calls, SCHEDULES.items()):
         yield case_name(arguments, schedule), arguments, rates
+
+
+def is_here(name):
+    """Whether a framework is installed, or must be: .ci/run names those whose absence is a failure."""
+    if name in os.environ.get("RMSPROP_JAX_LIVE", "").split():
+        return True
+    try:
+        return all(importlib.metadata.version(d) for d in FRAMEWORKS[name].distributions)
+    except importlib.metadata.PackageNotFoundError:
+        return False

@@ -1,10 +1,7 @@
 """Each dialect against the framework it is named after: golden everywhere, live where installed; papers in float64."""
 
-import importlib
-import importlib.metadata
 import inspect
 import json
-import os
 import pathlib
 
 import jax
@@ -43,25 +40,6 @@ def test_golden_files_hold_the_cases_and_say_what_made_them():
         for case, *_ in cases(framework):
             assert golden[case].shape == (STEPS // 10, len(START))
             assert np.abs(golden[case][-1] - START).max() > 0.01
-
-
-def is_here(name):
-    """Whether a framework is installed, or must be: .ci/run names those whose absence is a failure."""
-    if name in os.environ.get("RMSPROP_JAX_LIVE", "").split():
-        return True
-    try:
-        return all(importlib.metadata.version(d) for d in FRAMEWORKS[name].distributions)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-@pytest.mark.parametrize(("name", "case", "arguments", "rates"), [c for c in CASES if is_here(c.values[0])])
-@pytest.mark.filterwarnings("ignore")  # theirs
-def test_live_trajectories(name, case, arguments, rates):
-    framework = FRAMEWORKS[name]
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        theirs = framework.run(arguments, rates)
-    assert distance(ours(framework, arguments, rates), theirs) < 1e-5
 
 
 # --- Papers: float64 transcriptions of their equations ------------------------------------------------------
@@ -122,44 +100,6 @@ def test_optimisers_jl():
 
 
 # --- Signatures, refusals ---------------------------------------------------------------------------------
-
-# dialect: (framework, module, class, what it has and we leave out)
-SIGNATURES = {
-    "pytorch": ("torch", "torch.optim", "RMSprop", {"params"}),
-    "stable_baselines3": (
-        *("stable-baselines3", "stable_baselines3.common.sb2_compat.rmsprop_tf_like", "RMSpropTFLike"),
-        {"params"},
-    ),
-    "bitsandbytes": ("bitsandbytes", "bitsandbytes.optim", "RMSprop", {"params"}),
-    "keras": ("keras", "keras.optimizers", "RMSprop", {"kwargs"}),
-    "tf_keras": ("tf-keras", "tf_keras.optimizers.legacy", "RMSprop", {"kwargs"}),
-    "tensorflow1": ("tensorflow", "tensorflow.compat.v1.train", "RMSPropOptimizer", set()),
-    "sonnet": ("dm-sonnet", "sonnet.optimizers", "RMSProp", set()),
-    "paddle": ("paddlepaddle", "paddle.optimizer", "RMSProp", set()),
-    "mindspore": ("mindspore", "mindspore.nn", "RMSProp", {"params"}),
-    "mlx": ("mlx", "mlx.optimizers", "RMSprop", set()),
-    "rmsprop": ("optax", "optax", "rmsprop", set()),
-}
-
-
-def arguments_of(function, without):
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return [(p.name, p.default) for p in parameters if p.name not in without]
-
-
-@pytest.mark.parametrize("name", [name for name, row in SIGNATURES.items() if is_here(row[0])])
-@pytest.mark.filterwarnings("ignore")
-def test_live_signatures(name):
-    _, module, attribute, without = SIGNATURES[name]
-    if module == "tensorflow.compat.v1.train":
-        import tensorflow
-
-        theirs = tensorflow.compat.v1.train.RMSPropOptimizer
-    else:
-        theirs = getattr(importlib.import_module(module), attribute)
-    function = theirs.__init__ if inspect.isclass(theirs) else theirs
-    assert arguments_of(getattr(dialects, name), set()) == arguments_of(function, without | {"self"})
-
 
 REFUSED = {
     "dqn": {"gradient_momentum": 0.9},
