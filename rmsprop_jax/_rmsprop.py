@@ -289,9 +289,10 @@ def _transformation(
     state_dtype: DTypeLike | None,
 ) -> optax.GradientTransformationExtraArgs:
     decay = _number("decay", decay, upper=1.0)
-    if isinstance(decay, (jax.Array, np.ndarray)) and jnp.finfo(decay.dtype).bits < 32:
+    dtype = getattr(decay, "dtype", None)
+    if dtype in (jnp.float16, jnp.bfloat16):
         warnings.warn(
-            f"decay arrived as {decay.dtype}, which rounds 0.999 to {jnp.asarray(0.999, decay.dtype)}: "
+            f"decay arrived as {dtype}, which rounds 0.999 to {jnp.asarray(0.999, dtype)}: "
             "with optax.inject_hyperparams set hyperparam_dtype=jnp.float32",
             stacklevel=3,
         )

@@ -16,6 +16,7 @@ Two things are converted on the way. Frameworks keep E[g²] where a centered run
 variance E[g²] - |E[g]|²; and Optax's momentum buffer is the negative of everybody else's.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -57,6 +58,15 @@ def from_pytorch(
 
     Raises:
         ValueError: names, slots or shapes do not fit; it lists which. Or this is timm's optimizer.
+
+    Example:
+        >>> groups = [{"params": [0], "momentum": 0, "centered": False}]
+        >>> entry = {"step": 7.0, "square_avg": np.ones((3, 2))}
+        >>> state = from_pytorch(
+        ...     {"state": {0: entry}, "param_groups": groups}, ["fc.weight"], lambda arrays: arrays["fc.weight"].T
+        ... )
+        >>> int(state.count), state.nu.shape
+        (7, (2, 3))
 
     References:
         torch/optim/rmsprop.py, 2.13.0.
@@ -110,6 +120,11 @@ def from_keras(variables: Iterable[tuple[str, Any]], convert: Convert, params: A
 
     Raises:
         ValueError: names, slots or shapes do not fit; it lists which.
+
+    Example:
+        >>> variables = [("rmsprop/iteration", 7), ("rmsprop/d1_kernel_velocity", np.ones(2))]
+        >>> int(from_keras(variables, lambda arrays: {"kernel": arrays["d1_kernel"]}).count)
+        7
 
     References:
         keras/src/optimizers/rmsprop.py and base_optimizer.py, 3.15.1.
@@ -168,6 +183,11 @@ def from_tensorflow1(
 
     Raises:
         ValueError: names, slots or shapes do not fit; it lists which.
+
+    Example:
+        >>> slots = {"w/RMSProp": np.ones(2), "w/RMSProp_1": np.zeros(2)}
+        >>> from_tensorflow1(slots, lambda arrays: arrays).trace
+        {'w': Array([0., 0.], dtype=float32)}
     """
     found = {key: re.fullmatch(rf"(.+)/{re.escape(name)}(|_1|_2)(?::0)?", key) for key in slots}
     if unknown := [key for key, match in found.items() if not match]:
@@ -258,22 +278,6 @@ def to_optax(state: RMSPropState, like: Any) -> Any:
 # --- One pair of functions for all --------------------------------------------------------------------
 
 
-class _Watched(dict):
-    """A dict that knows which of its items nobody asked for."""
-
-    def __init__(self, items: Arrays):
-        super().__init__(items)
-        self.unread = set(items)
-
-    def __getitem__(self, name: str) -> Any:
-        self.unread.discard(name)
-        return super().__getitem__(name)
-
-    def items(self) -> Any:
-        self.unread.clear()
-        return super().items()
-
-
 def _import(
     slots: Mapping[str, Arrays],
     table: Mapping[str, str],
@@ -290,14 +294,15 @@ def _import(
         raise ValueError(f"the checkpoint lacks {lacking or list(table.values())}")
 
     def tree(slot: str) -> Any:
-        arrays = _Watched(slots[slot])
+        arrays = slots[slot]
         try:
-            converted = convert(arrays)
+            converted = convert(dict(arrays))
         except KeyError as error:
             raise ValueError(f"convert asks for {error}, the checkpoint has {sorted(everything)}") from error
-        if arrays.unread:
-            raise ValueError(f"convert leaves out {sorted(arrays.unread)}")
-        shapes, wanted = _shapes(converted), _shapes(converted if params is None else params)
+        given, shapes = {name: x.shape for name, x in arrays.items()}, _shapes(converted)
+        if sum(map(math.prod, shapes.values())) < sum(map(math.prod, given.values())):
+            raise ValueError(f"convert leaves something out: from {given} it makes {shapes}")
+        wanted = shapes if params is None else _shapes(params)
         wrong = {k: (shapes.get(k), wanted.get(k)) for k in shapes | wanted if shapes.get(k) != wanted.get(k)}
         if wrong:
             raise ValueError(f"{table[slot]} does not fit the parameters, (its shape, the parameter's): {wrong}")

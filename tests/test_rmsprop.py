@@ -383,6 +383,7 @@ def test_i_bad_hyperparameters(options, error, message):
 def test_i_good_hyperparameters():
     for number in (0, 1, 0.0, np.float32(1), np.float64(0.5), np.int64(1), np.array(0.5), jnp.float32(0.5)):
         rmsprop(number, number, number, number, momentum=number, weight_decay=number)
+    rmsprop(0.1, jnp.int32(1), momentum=jnp.int32(0)).init(jnp.ones(1))
     # The value of an array is never looked at: it may be traced.
     rmsprop(jnp.float32(-1), jnp.float32(7), np.array(-1.0))
     jax.jit(lambda x: rmsprop(x, x, x, x, momentum=x, weight_decay=x).init(jnp.ones(2)))(-1.0)
