@@ -69,7 +69,8 @@ def lift(
         elif params is None:
             raise ValueError(f"{params_for} needs the parameters: call update(updates, state, params)")
         for name, slot in slots.items():
-            if (slot is None) != (getattr(state, name) is None):
+            # (A tree that is None has state that is None.)
+            if updates is not None and (slot is None) != (getattr(state, name) is None):
                 raise ValueError(f"state.{name} is {'not ' if slot is None else ''}None: made with other options")
         return _update(rule, hyper(state.count), updates, state, params)
 

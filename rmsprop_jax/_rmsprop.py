@@ -110,7 +110,7 @@ class _Rule:
 
 def _clipped(g: jax.Array) -> jax.Array:
     # A value whose square would overflow comes down to the largest whose square does not:
-    # then its step is as long as any other, and ν comes back to earth in a few 1/(1-ρ).
+    # then its step is as long as any other, and ν is back after some 90/(1-ρ) updates.
     if jnp.iscomplexobj(g):
         return jax.lax.complex(_clipped(g.real), _clipped(g.imag))
     limit = np.sqrt(jnp.finfo(g.dtype).max / 2)

@@ -4,11 +4,17 @@ import contextlib
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
 
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+# Timing decides nothing here: neither a deadline nor a slow machine.
+settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
 
 
 _compiled: list[str] = []

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from jax import export
 
 from rmsprop_jax import rmsprop, RMSPropState, scale_by_rms
@@ -121,6 +121,7 @@ def test_state_shares_no_buffer():
     [
         {},
         (),
+        [None],
         {"a": None, "b": jnp.ones(2)},
         {"a": jnp.ones(())},
         {"a": jnp.ones((0, 3))},
@@ -156,7 +157,8 @@ trees = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
+@example(tree=None)
 @given(tree=trees)
 def test_a_tree_is_its_leaves(tree):
     tx = rmsprop(0.1, momentum=0.9)

@@ -407,7 +407,7 @@ def test_signatures_are_optax_with_more():
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     gradients=st.lists(st.tuples(floats, floats), min_size=1, max_size=6),
     dtype=st.sampled_from([jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]),
@@ -431,7 +431,7 @@ def test_no_nan_of_our_own(gradients, dtype, eps, decay, initial_scale, flags, m
             assert jnp.abs(updates).max() <= 1e-3 / np.sqrt(1 - decay) * (1 + 1e-6)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     gradients=st.lists(st.floats(2.0**-40, 2.0**40, width=32), min_size=1, max_size=5),
     signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=5, max_size=5),
