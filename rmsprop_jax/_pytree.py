@@ -67,7 +67,8 @@ def lift(
         if params_for is None:
             params = None
         elif params is None:
-            raise ValueError(f"{params_for} needs the parameters: call update(updates, state, params)")
+            paths = [keystr(path) for path, _ in tree_flatten_with_path(updates)[0]]
+            raise ValueError(f"{params_for} needs the parameters {paths}: call update(updates, state, params)")
         for name, slot in slots.items():
             # (A tree that is None has state that is None.)
             if updates is not None and (slot is None) != (getattr(state, name) is None):

@@ -229,8 +229,8 @@ def test_params_of_another_shape_are_named():
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_weight_decay_needs_params(decoupled):
     tx = rmsprop(0.1, weight_decay=0.1, decoupled=decoupled)
-    with pytest.raises(ValueError, match="weight_decay needs the parameters"):
-        tx.update(W, tx.init(W))
+    with pytest.raises(ValueError, match=r"weight_decay needs the parameters \[\"\['w'\]\"\]: call update"):
+        tx.update({"w": W}, tx.init({"w": W}))
 
 
 def test_params_are_not_looked_at_without_weight_decay():
