@@ -156,9 +156,10 @@ def timm(
     of one dimension without decay: :func:`optax.partition`.
 
     Example:
-        EfficientNet-B0 as timm trains it, at a batch of 384:
+        EfficientNet-B2 as timm's training_hparam_examples.md has it, for 256 images a step:
 
-        >>> efficientnet = timm(lr=0.048, momentum=0.9, eps=1e-3, weight_decay=1e-5)
+        >>> schedule = optax.exponential_decay(0.016, 12_000, 0.97, staircase=True)  # every 2.4 epochs
+        >>> efficientnet = timm(schedule, momentum=0.9, eps=1e-3, weight_decay=1e-5)
 
     References:
         timm/optim/rmsprop_tf.py, 1.0.31.
@@ -350,7 +351,8 @@ def tensorflow1(
 
     Example:
         >>> efficientnet = tensorflow1(0.016, momentum=0.9, epsilon=1e-3)  # and MnasNet; per 256 images
-        >>> inception = tensorflow1(0.165, momentum=0.9, epsilon=1.0)  # v3; MobileNetV2 in TF-Slim too
+        >>> inception = tensorflow1(0.165, momentum=0.9, epsilon=1.0)  # v3; per 256 images
+        >>> mobilenet_v2 = tensorflow1(0.045, momentum=0.9, epsilon=1.0)  # ε from TF-Slim: the paper has none
         >>> impala = tensorflow1(optax.linear_schedule(4.8e-4, 0.0, 10_000), decay=0.99, epsilon=0.1)
         >>> a2c = tensorflow1(optax.linear_schedule(7e-4, 0.0, 10_000), decay=0.99, epsilon=1e-5)  # OpenAI baselines
 
