@@ -170,12 +170,11 @@ def plot(runs: dict[str, Run], file: str) -> None:
 
 
 def families() -> dict[str, dict[str, Any]]:
-    """The dialects that are one program, and its structure: the same numbers for all, momentum where they have it."""
+    """The dialects that are one program, and its options: the same numbers for all, momentum where they have it."""
     numbers = {"decay": 0.9, "eps": 1e-3}
     found: dict[tuple[Any, ...], list[str]] = {}
-    for dialect in dialects.DIALECTS:
-        moves = any(row["dialect"] == dialect.__name__ and row["momentum"] for row in dialects.table())
-        momentum = {"momentum": 0.9} if moves else {}
+    for dialect, row in zip(dialects.DIALECTS, dialects.table(), strict=True):
+        momentum = {"momentum": 0.9} if row["momentum"] else {}
         options = dialects.options(dialect, **momentum) | numbers | {"weight_decay": None, "decoupled": False}
         del options["learning_rate"]
         found.setdefault(tuple(options.items()), []).append(dialect.__name__)

@@ -254,10 +254,14 @@ def to_optax(state: RMSPropState, like: Any) -> Any:
         like: what it shall look like: `optax.rmsprop(...).init(params)`.
 
     Raises:
-        ValueError: `like` has a slot that `state` lacks.
+        ValueError: one of the two has a slot that the other lacks.
     """
     values = {"count": state.count, "nu": _second_moment(state), "mu": state.mu}
     values["trace"] = None if state.trace is None else jax.tree.map(jnp.negative, state.trace)
+
+    for name in ("mu", "trace"):
+        if bool(_parts(like, name)) != (values[name] is not None):
+            raise ValueError(f"only one of state and like has {name}: they were made with other options")
 
     def fill(part: Any) -> Any:
         if not isinstance(part, tuple):
@@ -266,8 +270,6 @@ def to_optax(state: RMSPropState, like: Any) -> Any:
             return tuple(map(fill, part))
         fields: Any = part
         for name in set(fields._fields) & set(values):
-            if values[name] is None:
-                raise ValueError(f"like has {name}, which the state lacks: it was made with other options")
             cast = jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), values[name], getattr(fields, name))
             fields = fields._replace(**{name: cast})
         return fields
@@ -324,7 +326,8 @@ def _export(state: RMSPropState, convert_back: ConvertBack, names: Sequence[str]
         raise ValueError(f"convert_back lacks {differ[0]} of names, and has {differ[1]} beside them")
     # Contiguous: a transposed view is not what a framework wants to own.
     return {
-        slot: {name: np.array(x, np.float32, order="C") for name, x in arrays.items()} for slot, arrays in slots.items()
+        slot: {name: _array(x).astype(np.float32, order="C") for name, x in arrays.items()}
+        for slot, arrays in slots.items()
     }
 
 
@@ -352,7 +355,8 @@ def _from_torch(
 def _array(x: Any) -> np.ndarray:
     """Any framework's array in float64, so that E[g²] - E[g]² loses nothing more."""
     if hasattr(x, "detach"):
-        x = x.detach().cpu().double()
+        x = x.detach().cpu()
+        x = x if x.is_complex() else x.double()  # NumPy has no bfloat16
     x = np.asarray(x)
     if np.iscomplexobj(x):
         raise ValueError("complex accumulators: frameworks average the two halves apart, or g², we |g|²")

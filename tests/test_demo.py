@@ -34,6 +34,18 @@ def test_the_command_learns(capsys, tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_dialects_side_by_side(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    demo.main(["--dialects", "--epochs", "2"])
+    out = capsys.readouterr().out
+    assert all(f"│ {dialect.__name__} " in out for dialect in demo.dialects.DIALECTS)
+    distances = {names: float(d) for names, d in re.findall(r"│ ([\w, ]+?) +│ (?:None|0.9) +│ ([\d.]+)%", out)}
+    # Every dialect is in one family; those that Optax's defaults are stay with it, PyTorch does not.
+    assert sorted(", ".join(distances).split(", ")) == sorted(d.__name__ for d in demo.dialects.DIALECTS)
+    assert distances["keras, tf_keras, sonnet, paddle"] < 0.1
+    assert distances["pytorch"] > 10
+
+
 def test_same_data_and_seed_same_run():
     runs = [demo.train(f(1e-3), epochs=2, seed=3) for f in (rmsprop, rmsprop, optax.rmsprop)]
     np.testing.assert_array_equal(runs[0].losses, runs[1].losses)

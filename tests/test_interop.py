@@ -123,8 +123,10 @@ def test_optax_state_without_or_with_two_second_moments():
         interop.from_optax(optax.sgd(0.1, momentum=0.9).init(params))
     with pytest.raises(ValueError, match="2 second moments"):
         interop.from_optax(optax.chain(optax.scale_by_rms(), optax.scale_by_rms()).init(params))
-    with pytest.raises(ValueError, match="like has trace, which the state lacks"):
-        interop.to_optax(rmsprop(0.1).init(params), optax.rmsprop(0.1, momentum=0.9).init(params))
+    plain, moving = {}, {"momentum": 0.9}
+    for ours, theirs in ((plain, moving), (moving, plain)):
+        with pytest.raises(ValueError, match="only one of state and like has trace"):
+            interop.to_optax(rmsprop(0.1, **ours).init(params), optax.rmsprop(0.1, **theirs).init(params))
 
 
 # --- What is wrong is listed -----------------------------------------------------------------------------
@@ -206,6 +208,9 @@ def test_complex_accumulators():
     checkpoint["state"][2]["square_avg"] = np.ones(3, np.complex64)
     with pytest.raises(ValueError, match="complex accumulators"):
         read(checkpoint)
+    state = rmsprop(0.1, momentum=0.9).init({"w": jnp.ones(2, jnp.complex64)})
+    with pytest.raises(ValueError, match="complex accumulators"):
+        interop.to_keras(state, lambda tree: tree)
 
 
 def test_foreign_variables_are_named():
