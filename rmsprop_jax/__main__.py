@@ -146,8 +146,8 @@ def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
     return {name: optax.chain(optax.clip_by_global_norm(1.0), tail) for name, tail in tails.items()}
 
 
-def plot(runs: dict[str, Run], file: str) -> None:
-    """Draws the loss curves, averaged over 20 steps, into `file`."""
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files."""
     try:
         import matplotlib
     except ImportError as error:
@@ -155,6 +155,12 @@ def plot(runs: dict[str, Run], file: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot(runs: dict[str, Run], file: str) -> None:
+    """Draws the loss curves, averaged over 20 steps, into `file`."""
+    plt = pyplot()
     colors = ["#0072B2", "#E69F00", "#CC79A7", "#000000"]  # Okabe and Ito: for every kind of eye
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, run), color in zip(runs.items(), colors, strict=True):
@@ -242,6 +248,8 @@ def main(arguments: list[str] | None = None) -> None:
         TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:4.0%}"),
         TimeRemainingColumn(),
     )
+    if options.plot:
+        pyplot()  # before the training, not after it
     runs = {}
     with Progress(*columns, console=console) as progress:
         for name, tx in optimizers(steps).items():
