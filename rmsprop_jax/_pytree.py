@@ -19,16 +19,17 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _storage
 
 
-# rule(hyper, count, grad, param or None, **slots) -> (update, new slots), for one array and all in
-# one precision. Hashed by value: equal rules share one compiled update.
-Rule = Callable[..., tuple[jax.Array, dict[str, Any]]]
+# rule(hyper, count, grad, param or None, keep, **slots) -> update, for one array and all in one
+# precision. keep(name, value) puts a slot's new value into the state and returns what the state
+# then holds, which may be rounded. Hashed by value: equal rules share one compiled update.
+Rule = Callable[..., jax.Array]
 
 
 class Slot(NamedTuple):
     """What a rule remembers of each parameter."""
 
     initial: ArrayLike  # shape=()
-    real: bool = False  # real even where the parameter is complex
+    non_negative: bool = False  # and real even where the parameter is complex
 
 
 def lift(
@@ -36,6 +37,7 @@ def lift(
     hyper: Callable[[jax.Array], Any],
     slots: Mapping[str, Slot | None],
     state_type: Callable[..., Any],
+    state_dtype: np.dtype | None = None,
     params_for: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lifts a rule for one array to a gradient transformation.
@@ -45,6 +47,7 @@ def lift(
         hyper: from the number of updates made so far to the rule's numbers, a tree of scalars.
         slots: what the state holds beside `count`; None where it holds nothing.
         state_type: builds the state, a NamedTuple, from `count` and the slots' names.
+        state_dtype: how `init` has the slots kept; `update` leaves them in the dtype they have.
         params_for: the option for which `update` needs `params`, if there is one.
     """
 
@@ -53,7 +56,10 @@ def lift(
         def build(slot: Slot) -> optax.Params:
             def leaf(path: Any, param: Any) -> jax.Array:
                 dtype = _storage.compute_dtype(_checked_dtype("parameter", path, param))
-                return _storage.full_like(param, slot.initial, _storage.real_dtype(dtype) if slot.real else dtype)
+                dtype = _storage.real_dtype(dtype) if slot.non_negative else dtype
+                return _storage.full_like(
+                    param, slot.initial, _storage.kept_dtype(dtype, state_dtype, slot.non_negative)
+                )
 
             return jax.tree.map_with_path(leaf, params)
 
@@ -84,9 +90,10 @@ def lift(
 def _update(
     rule: Rule, hyper: Any, updates: optax.Updates, state: Any, params: optax.Params | None
 ) -> tuple[optax.Updates, Any]:
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
     hyper_in = functools.cache(lambda dtype: jax.tree.map(lambda x: jnp.asarray(x, dtype), hyper))
     trees = {name: tree for name, tree in state._asdict().items() if name != "count" and tree is not None}
+    seeds = {name: _storage.seeds(count, i) for i, name in enumerate(trees)}
 
     leaves, treedef = tree_flatten_with_path(updates)
     params_column = _column(updates, params, "params") if params is not None else [None] * len(leaves)
@@ -96,7 +103,7 @@ def _update(
     new_columns: dict[str, list[jax.Array]] = {name: [] for name in trees}
     for i, (path, grad) in enumerate(leaves):
         kept = {name: column[i] for name, column in columns.items()}
-        step, new = _update_leaf(rule, hyper_in, count, path, grad, params_column[i], kept)
+        step, new = _update_leaf(rule, hyper_in, count, seeds, path, grad, params_column[i], kept)
         steps.append(step)
         for name in trees:
             new_columns[name].append(new[name])
@@ -105,7 +112,14 @@ def _update(
 
 
 def _update_leaf(
-    rule: Rule, hyper_in: Callable[[Any], Any], count: ArrayLike, path: Any, grad: Any, param: Any, kept: dict[str, Any]
+    rule: Rule,
+    hyper_in: Callable[[Any], Any],
+    count: jax.Array,
+    seeds: Mapping[str, Any],
+    path: Any,
+    grad: Any,
+    param: Any,
+    kept: dict[str, Any],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     grad_dtype = _checked_dtype("gradient", path, grad)
     for name, other in {"parameter": param, **kept}.items():
@@ -114,32 +128,44 @@ def _update_leaf(
                 f"gradient{keystr(path)} has shape {jnp.shape(grad)}, its {name} {jnp.shape(other)}: they must be equal"
             )
     # In the gradient's precision or the state's, whichever is higher.
-    wide = np.result_type(_storage.compute_dtype(grad_dtype), *(x.dtype for x in kept.values()))
-    real = _storage.real_dtype(wide)
-    step, new = _apply(
-        rule,
-        hyper_in(real),
-        count,
-        jnp.asarray(grad, wide),
-        None if param is None else jnp.asarray(param, wide),
-        {name: x.astype(wide if jnp.iscomplexobj(x) else real) for name, x in kept.items()},
-    )
-
-    def narrow(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-        if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(f"gradient{keystr(path)} is {grad_dtype}: it must be complex just where its parameter is")
-        return x.astype(dtype)
-
-    return narrow(step, grad_dtype), {name: narrow(new[name], x.dtype) for name, x in kept.items()}
+    wide = np.result_type(*(_storage.compute_dtype(dtype) for dtype in (grad_dtype, *(x.dtype for x in kept.values()))))
+    step, new = _apply(rule, wide, hyper_in(_storage.real_dtype(wide)), count, seeds, grad, param, kept)
+    if any(
+        x.dtype != before for x, before in ((step, grad_dtype), *((new[name], x.dtype) for name, x in kept.items()))
+    ):
+        raise TypeError(f"gradient{keystr(path)} is {grad_dtype}: it must be complex just where its parameter is")
+    return step, new
 
 
 # One array, once for all leaves of a shape: the trace of a large tree takes half the time.
-@functools.partial(jax.jit, static_argnums=0, inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _apply(
-    rule: Rule, hyper: Any, count: Any, grad: Any, param: Any, kept: dict[str, Any]
+    rule: Rule,
+    wide: np.dtype,
+    hyper: Any,
+    count: jax.Array,
+    seeds: Mapping[str, Any],
+    grad: Any,
+    param: Any,
+    kept: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
+    real = _storage.real_dtype(wide)
+    grad_wide = jnp.asarray(grad, wide)
+    param_wide = None if param is None else jnp.asarray(param, wide)
+    slots = {name: _storage.load(x).astype(wide if jnp.iscomplexobj(x) else real) for name, x in kept.items()}
+    new: dict[str, jax.Array] = {}
+
+    def keep(name: str, x: jax.Array) -> jax.Array:
+        new[name] = x if is_lost(x, kept[name].dtype) else _storage.store(x, kept[name].dtype, seeds[name], grad_wide)
+        return _storage.load(new[name]).astype(x.dtype)
+
+    def is_lost(x: jax.Array, dtype: DTypeLike) -> bool:
+        return jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating)
+
     with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
-        return rule(hyper, count, grad, param, **kept)
+        step = rule(hyper, count, grad_wide, param_wide, keep, **slots)
+    dtype = jnp.result_type(grad)
+    return step if is_lost(step, dtype) else step.astype(dtype), new
 
 
 def _column(updates: optax.Updates, tree: Any, name: str) -> list[Any]:

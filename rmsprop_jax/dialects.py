@@ -12,7 +12,8 @@ refused by name, with the way to get it; switches that only say how to compute (
 
 All frameworks but ours take the variance as E[g²] - E[g]²; where that cancels, they differ from us by
 their rounding errors. Complex parameters are ours: ν is the average of |g|². PyTorch's two
-independent halves are :func:`optax.contrib.split_real_and_imaginary` around a dialect.
+independent halves are :func:`optax.contrib.split_real_and_imaginary` around a dialect. `state_dtype` is
+ours, too: that of :func:`rmsprop`.
 """
 
 # No `from __future__ import annotations`: see _rmsprop.py.
@@ -24,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ._rmsprop import rmsprop
 
@@ -35,7 +36,9 @@ Transformation = optax.GradientTransformationExtraArgs
 # --- Papers -------------------------------------------------------------------------------------------
 
 
-def hinton(learning_rate: optax.ScalarOrSchedule = 0.001, decay: ArrayLike = 0.9) -> Transformation:
+def hinton(
+    learning_rate: optax.ScalarOrSchedule = 0.001, decay: ArrayLike = 0.9, *, state_dtype: DTypeLike | None = None
+) -> Transformation:
     """Hinton's slide: g / √E[g²], and no ε at all.
 
     The slide gives no learning rate and no first value; 0.001 is the common quotation, and we start from
@@ -50,7 +53,7 @@ def hinton(learning_rate: optax.ScalarOrSchedule = 0.001, decay: ArrayLike = 0.9
     References:
         Tieleman and Hinton, Lecture 6.5 - RMSProp, COURSERA: Neural Networks for Machine Learning, 2012.
     """
-    return rmsprop(learning_rate, decay, eps=0.0)
+    return rmsprop(learning_rate, decay, eps=0.0, state_dtype=state_dtype)
 
 
 def graves(
@@ -58,13 +61,15 @@ def graves(
     decay: ArrayLike = 0.95,
     momentum: ArrayLike = 0.9,
     eps: ArrayLike = 1e-4,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """Graves' handwriting RMSProp: centered, with momentum, ε in the root (equations 38 to 45).
 
     References:
         `Generating sequences with recurrent neural networks <https://arxiv.org/abs/1308.0850>`_, 2013.
     """
-    return rmsprop(learning_rate, decay, eps, centered=True, momentum=momentum)
+    return rmsprop(learning_rate, decay, eps, centered=True, momentum=momentum, state_dtype=state_dtype)
 
 
 def dqn(
@@ -72,6 +77,8 @@ def dqn(
     gradient_momentum: ArrayLike = 0.95,
     squared_gradient_momentum: ArrayLike = 0.95,
     min_squared_gradient: ArrayLike = 0.01,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """The Nature DQN's: centered, ε = 0.01 in the root, and no momentum.
 
@@ -90,7 +97,9 @@ def dqn(
     _refuse(
         gradient_momentum=(gradient_momentum, squared_gradient_momentum, "must equal squared_gradient_momentum"),
     )
-    return rmsprop(learning_rate, squared_gradient_momentum, min_squared_gradient, centered=True)
+    return rmsprop(
+        learning_rate, squared_gradient_momentum, min_squared_gradient, centered=True, state_dtype=state_dtype
+    )
 
 
 # --- The PyTorch family -------------------------------------------------------------------------------
@@ -107,6 +116,8 @@ def pytorch(
     foreach: bool | None = None,
     maximize: bool = False,
     differentiable: bool = False,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """`torch.optim.RMSprop`: ε outside the root, learning rate outside the buffer, coupled decay.
 
@@ -132,6 +143,7 @@ def pytorch(
         momentum=_or_none(momentum),
         lr_in_momentum=False,
         weight_decay=_or_none(weight_decay),
+        state_dtype=state_dtype,
     )
     # The flip comes before the decay, which shrinks the parameter either way.
     return optax.chain(optax.scale(-1.0), tx) if maximize else tx
@@ -149,6 +161,8 @@ def timm(
     lr_in_momentum: bool = True,
     caution: bool = False,
     foreach: bool | None = None,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """timm's `RMSpropTF`: TensorFlow 1's rule under PyTorch's names, average from one.
 
@@ -183,6 +197,7 @@ def timm(
         lr_in_momentum=lr_in_momentum,
         weight_decay=_or_none(weight_decay),
         decoupled=decoupled_decay,
+        state_dtype=state_dtype,
     )
 
 
@@ -193,6 +208,8 @@ def stable_baselines3(
     weight_decay: ArrayLike = 0.0,
     momentum: ArrayLike = 0.0,
     centered: bool = False,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """Stable Baselines 3's `RMSpropTFLike`: average from one, ε in the root, but PyTorch's buffer.
 
@@ -210,6 +227,7 @@ def stable_baselines3(
         momentum=_or_none(momentum),
         lr_in_momentum=False,
         weight_decay=_or_none(weight_decay),
+        state_dtype=state_dtype,
     )
 
 
@@ -223,6 +241,8 @@ def bitsandbytes(
     optim_bits: int = 32,
     args: Any = None,
     min_8bit_size: int = 4096,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """`bitsandbytes.optim.RMSprop` with 32 bits: PyTorch's without momentum and centering.
 
@@ -233,10 +253,14 @@ def bitsandbytes(
     _refuse(
         momentum=(momentum, 0, "bitsandbytes takes it and no kernel of it reads it; pytorch(momentum=...) has it"),
         centered=(centered, False, "bitsandbytes raises too; pytorch(centered=True) has it"),
-        optim_bits=(optim_bits, 32, "blocks and codebooks of its own, on CUDA only"),
+        optim_bits=(
+            optim_bits,
+            32,
+            "blocks and codebooks of its own, on CUDA only; state_dtype=jnp.uint8 has one byte, too",
+        ),
         args=(args, None, "chain with the transformation you need"),
     )
-    return rmsprop(lr, alpha, eps, eps_in_sqrt=False, weight_decay=_or_none(weight_decay))
+    return rmsprop(lr, alpha, eps, eps_in_sqrt=False, weight_decay=_or_none(weight_decay), state_dtype=state_dtype)
 
 
 # --- The TensorFlow family ----------------------------------------------------------------------------
@@ -266,6 +290,8 @@ def keras(
     loss_scale_factor: float | None = None,
     gradient_accumulation_steps: int | None = None,
     name: str | None = None,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """Keras 3, and tf.keras from TensorFlow 2.11 on: ε in the root, average from zero, decoupled decay.
 
@@ -293,6 +319,7 @@ def keras(
         momentum=_or_none(momentum),
         weight_decay=weight_decay,
         decoupled=True,
+        state_dtype=state_dtype,
     )
 
 
@@ -308,6 +335,7 @@ def tf_keras(
     clipnorm: float | None = None,
     clipvalue: float | None = None,
     global_clipnorm: float | None = None,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """The legacy tf.keras (TensorFlow 2.0 to 2.10, `tf.keras.optimizers.legacy`), whose ε moves.
 
@@ -332,6 +360,7 @@ def tf_keras(
         eps_in_sqrt=_or_none(momentum) is not None,
         centered=centered,
         momentum=_or_none(momentum),
+        state_dtype=state_dtype,
     )
 
 
@@ -343,6 +372,8 @@ def tensorflow1(
     use_locking: bool = False,
     centered: bool = False,
     name: str = "RMSProp",
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """`tf.compat.v1.train.RMSPropOptimizer`: average from one, ε in the root, learning rate in the buffer.
 
@@ -364,7 +395,15 @@ def tensorflow1(
         tensorflow/python/training/rmsprop.py and tensorflow/core/kernels/training_ops.cc, 2.21.
     """
     del use_locking, name
-    return rmsprop(learning_rate, decay, epsilon, initial_scale=1.0, centered=centered, momentum=_or_none(momentum))
+    return rmsprop(
+        learning_rate,
+        decay,
+        epsilon,
+        initial_scale=1.0,
+        centered=centered,
+        momentum=_or_none(momentum),
+        state_dtype=state_dtype,
+    )
 
 
 def sonnet(
@@ -374,6 +413,8 @@ def sonnet(
     epsilon: ArrayLike = 1e-10,
     centered: bool = False,
     name: str | None = None,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """Sonnet 2's `snt.optimizers.RMSProp`: TensorFlow 1's defaults, but the average from zero.
 
@@ -381,7 +422,9 @@ def sonnet(
         sonnet/src/optimizers/rmsprop.py, 2.0.2.
     """
     del name
-    return rmsprop(learning_rate, decay, epsilon, centered=centered, momentum=_or_none(momentum))
+    return rmsprop(
+        learning_rate, decay, epsilon, centered=centered, momentum=_or_none(momentum), state_dtype=state_dtype
+    )
 
 
 # --- Others -------------------------------------------------------------------------------------------
@@ -397,6 +440,8 @@ def paddle(
     weight_decay: ArrayLike | None = None,
     grad_clip: Any = None,
     name: str | None = None,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """`paddle.optimizer.RMSProp`: ε in the root, average from zero, coupled decay.
 
@@ -411,7 +456,13 @@ def paddle(
         grad_clip=(grad_clip, None, "chain with optax.clip or optax.clip_by_global_norm in front"),
     )
     return rmsprop(
-        learning_rate, rho, epsilon, centered=centered, momentum=_or_none(momentum), weight_decay=weight_decay
+        learning_rate,
+        rho,
+        epsilon,
+        centered=centered,
+        momentum=_or_none(momentum),
+        weight_decay=weight_decay,
+        state_dtype=state_dtype,
     )
 
 
@@ -424,6 +475,8 @@ def mindspore(
     centered: bool = False,
     loss_scale: float = 1.0,
     weight_decay: ArrayLike = 0.0,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """MindSpore's `nn.RMSProp`: TensorFlow 1's, with coupled decay.
 
@@ -444,20 +497,32 @@ def mindspore(
         centered=centered,
         momentum=_or_none(momentum),
         weight_decay=_or_none(weight_decay),
+        state_dtype=state_dtype,
     )
 
 
-def mlx(learning_rate: optax.ScalarOrSchedule, alpha: ArrayLike = 0.99, eps: ArrayLike = 1e-8) -> Transformation:
+def mlx(
+    learning_rate: optax.ScalarOrSchedule,
+    alpha: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    *,
+    state_dtype: DTypeLike | None = None,
+) -> Transformation:
     """Apple's `mlx.optimizers.RMSprop`: PyTorch's, without momentum, centering and decay.
 
     References:
         python/mlx/optimizers/optimizers.py, 0.32.4.
     """
-    return rmsprop(learning_rate, alpha, eps, eps_in_sqrt=False)
+    return rmsprop(learning_rate, alpha, eps, eps_in_sqrt=False, state_dtype=state_dtype)
 
 
 def optimisers_jl(
-    eta: optax.ScalarOrSchedule = 0.001, rho: ArrayLike = 0.9, epsilon: ArrayLike = 1e-8, centred: bool = False
+    eta: optax.ScalarOrSchedule = 0.001,
+    rho: ArrayLike = 0.9,
+    epsilon: ArrayLike = 1e-8,
+    centred: bool = False,
+    *,
+    state_dtype: DTypeLike | None = None,
 ) -> Transformation:
     """Optimisers.jl's (Flux's) `RMSProp(η, ρ, ϵ; centred)`: ε outside the root, average from zero.
 
@@ -467,7 +532,7 @@ def optimisers_jl(
     References:
         Optimisers.jl, src/rules.jl.
     """
-    return rmsprop(eta, rho, epsilon, eps_in_sqrt=False, centered=centred)
+    return rmsprop(eta, rho, epsilon, eps_in_sqrt=False, centered=centred, state_dtype=state_dtype)
 
 
 # --- The table ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Carry a half-finished run over from PyTorch, timm, Keras 3, TensorFlow 1 or Optax, and back.
+"""Carry a half-finished run over from PyTorch, timm, Keras 3, TensorFlow 1 or Optax, and back; or to other options.
 
 Accumulators have the names and shapes of the weights. So the function that converts weights, from a
 dict of NumPy arrays by name to a tree of parameters, converts them too::
@@ -11,6 +11,8 @@ dict of NumPy arrays by name to a tree of parameters, converts them too::
 
 Continue with the dialect of that name. It goes on as if it had never stopped, provided that it has
 the options, and the schedule, of the run: the count comes along.
+
+States come in float32; :func:`from_rmsprop` makes one of another `state_dtype` of them.
 
 Two things are converted on the way. Frameworks keep E[g²] where a centered run of ours keeps the
 variance E[g²] - |E[g]|²; and Optax's momentum buffer is the negative of everybody else's.
@@ -277,6 +279,54 @@ def to_optax(state: RMSPropState, like: Any) -> Any:
     return fill(like)
 
 
+def from_rmsprop(state: Any, like: Any) -> Any:
+    """Our state, for a transformation with other options: momentum, centering or `state_dtype` on or off.
+
+    What is new starts from zero; what is gone is dropped, with the mean going back into E[g²]. A buffer
+    means another thing with another `lr_in_momentum`: that is not converted.
+
+    Args:
+        state: ours, or one that has ours inside, as of a chain.
+        like: what it shall look like: `tx.init(params)` with the new options.
+
+    Returns:
+        The state, in the shapes and dtypes of `like`.
+
+    Raises:
+        ValueError: the two differ in more than the options of `rmsprop`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmsprop_jax import interop, rmsprop
+        >>> params = jnp.array([1.0, 2.0])
+        >>> _, state = rmsprop(0.1).update(params, rmsprop(0.1).init(params))
+        >>> lean = rmsprop(0.1, momentum=0.9, state_dtype=jnp.uint8)
+        >>> state = interop.from_rmsprop(state, lean.init(params))
+        >>> int(state.count), state.nu.dtype, state.trace
+        (1, dtype('uint8'), Array([0, 0], dtype=bfloat16))
+    """
+
+    def ours(x: Any) -> bool:
+        return isinstance(x, RMSPropState)
+
+    def carry(old: Any, new: Any) -> Any:
+        if not ours(new):
+            return old
+        seed = _storage.seeds(old.count, 3)
+        values = {
+            "nu": _second_moment(old) if new.mu is None else _loaded(old.nu),
+            **{slot: None if tree is None else _loaded(tree) for slot, tree in (("mu", old.mu), ("trace", old.trace))},
+        }
+        for slot, tree in values.items():
+            wanted = getattr(new, slot)
+            if tree is not None and wanted is not None:
+                tree = jax.tree.map(lambda x, y: _storage.store(x, y.dtype, seed, x), tree, wanted)
+            values[slot] = wanted if tree is None or wanted is None else tree
+        return new._replace(count=old.count, **values)
+
+    return jax.tree.map(carry, state, like, is_leaf=ours)
+
+
 # --- One pair of functions for all --------------------------------------------------------------------
 
 
@@ -368,7 +418,12 @@ def _variance(second: Any, mean: Any) -> Any:
 
 
 def _second_moment(state: RMSPropState) -> Any:
-    return state.nu if state.mu is None else jax.tree.map(lambda v, m: v + abs(m) ** 2, state.nu, state.mu)
+    nu = _loaded(state.nu)
+    return nu if state.mu is None else jax.tree.map(lambda v, m: v + abs(m) ** 2, nu, _loaded(state.mu))
+
+
+def _loaded(tree: Any) -> Any:
+    return jax.tree.map(_storage.load, tree)
 
 
 def _widened(tree: Any) -> Any:
