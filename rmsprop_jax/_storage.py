@@ -23,8 +23,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 STATE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.uint8))
 
-_OFFSET = np.float32(2.0**-90).view(np.uint32)
+_SMALLEST = np.float32(2.0**-90).view(np.uint32)
 _LARGEST = np.float32(1.5 * 2.0**37).view(np.uint32)
+_BELOW = np.uint8(_SMALLEST >> 22)  # patterns of 10 bits below the first code
 
 
 def compute_dtype(dtype: DTypeLike) -> np.dtype:
@@ -67,7 +68,7 @@ def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
 def load(kept: jax.Array) -> jax.Array:
     """The values of an accumulator, in at least float32."""
     if kept.dtype == jnp.uint8:
-        return jax.lax.bitcast_convert_type((kept.astype(jnp.uint32) << 22) + _OFFSET, jnp.float32)
+        return jax.lax.bitcast_convert_type((kept.astype(jnp.uint32) << 22) + _SMALLEST, jnp.float32)
     return kept.astype(compute_dtype(kept.dtype))
 
 
@@ -104,10 +105,11 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 
 def _encode(x: jax.Array, noise: Any) -> jax.Array:
-    # On the bits, not on the values, so that NaN, which has no code, is kept as the largest.
-    bits = jax.lax.clamp(_OFFSET, _bits(x), _LARGEST) - _OFFSET
-    below, rest = bits >> 22, bits & np.uint32((1 << 22) - 1)
-    return below.astype(jnp.uint8) + ((rest + (noise >> 10)) >> 22).astype(jnp.uint8)
+    # Clamped as bits, not as values, so that NaN, which has no code, is kept as the largest.
+    bits = jax.lax.clamp(_SMALLEST, _bits(x), _LARGEST)
+    up = (bits << 10) > noise
+    # Modulo 256: what is left of the exponent's highest bit falls off.
+    return (bits >> 22).astype(jnp.uint8) - jnp.where(up, _BELOW - 1, _BELOW)
 
 
 def _upper_half(x: jax.Array, noise: jax.Array) -> jax.Array:

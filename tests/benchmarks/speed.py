@@ -1,0 +1,461 @@
+"""python tests/benchmarks/speed.py: time and memory of one update, ours beside the others', in the same run.
+
+An update is `tx.update` and `optax.apply_updates` in one compiled step with parameters and state donated; for PyTorch
+`optimizer.step()`, for Keras `stateless_apply` on the JAX backend. Candidates take turns, round by round, in an order
+that changes; a ratio is the median over the rounds of a candidate's time divided by Optax's in that round, followed by
+the quartiles. The floor is the measured time of a program that reads four arrays and writes one: 20 bytes a parameter,
+what RMSProp in float32 must move. Needs jax and optax; takes torch, keras and bitsandbytes along where they are.
+
+Prints Markdown; `--json FILE` keeps every number. `--growth` adds how cost grows, `--layouts`, `--seconds` bound the
+time. On a GPU as on a CPU.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of the GPU's memory, too
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.progress import Progress
+
+from rmsprop_jax import rmsprop
+
+
+Shapes = list[tuple[int, ...]]
+RATE = 1e-3
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "momentum": {"momentum": 0.9}, "centered": {"centered": True}}
+STATE_DTYPES = {"float32": None, "bfloat16": "bfloat16", "uint8": "uint8"}
+
+
+# --- What is updated ----------------------------------------------------------------------------------
+
+
+def resnet50() -> Shapes:
+    """The 161 parameters of torchvision's ResNet-50, 25.6 million numbers."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True):
+        for block in range(blocks):
+            for out, size, fan in ((width, 1, inputs), (width, 3, width), (4 * width, 1, width)):
+                shapes += [(out, fan, size, size), (out,), (out,)]
+            if block == 0:
+                shapes += [(4 * width, inputs, 1, 1), (4 * width,), (4 * width,)]
+            inputs = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50_257, context: int = 1024) -> Shapes:
+    """The 148 parameters of GPT-2 small, 124 million numbers."""
+    block: Shapes = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
+    block += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(vocabulary, width), (context, width), *(block * layers), (width,), (width,)]
+
+
+LAYOUTS: dict[str, Callable[[], Shapes]] = {
+    "16M": lambda: [(1 << 24,)],
+    "160 x 100k": lambda: [(100_000,)] * 160,
+    "1000 x 1k": lambda: [(1_000,)] * 1000,
+    "ResNet-50": resnet50,
+    "GPT-2 small": gpt2,
+}
+
+
+# --- Who updates it -----------------------------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """One that takes part: `step` updates in place, `wait` until it is done."""
+
+    step: Callable[[], None]
+    wait: Callable[[], None]
+    state_bytes: int
+    temporary_bytes: int | None = None  # beyond parameters, gradients and state
+    trace_seconds: float | None = None  # Python and lowering
+    compile_seconds: float | None = None
+
+
+def of_jax(tx: optax.GradientTransformation, shapes: Shapes, grads: list[jax.Array]) -> Candidate:
+    params = [jnp.ones(shape) for shape in shapes]
+    held = [params, tx.init(params)]
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(held[1]))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    start = time.perf_counter()
+    lowered = update.lower(*held, grads)
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+
+    def step():
+        held[:] = compiled(*held, grads)
+
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return Candidate(step, lambda: jax.block_until_ready(held), nbytes, temporary, middle - start, end - middle)
+
+
+def of_keras(shapes: Shapes, grads: list[jax.Array]) -> Candidate:
+    import keras
+
+    variables = [keras.Variable(np.ones(shape, np.float32)) for shape in shapes]
+    optimizer = keras.optimizers.RMSprop(RATE)
+    optimizer.build(variables)
+    held = [[v.value for v in optimizer.variables], [v.value for v in variables]]
+    nbytes = sum(x.nbytes for x in held[0])
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(state, params, grads):
+        params, state = optimizer.stateless_apply(state, grads, params)
+        return state, params
+
+    start = time.perf_counter()
+    lowered = update.lower(*held, grads)
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+
+    def step():
+        held[:] = compiled(*held, grads)
+
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return Candidate(step, lambda: jax.block_until_ready(held), nbytes, temporary, middle - start, end - middle)
+
+
+def of_torch(how: str, shapes: Shapes) -> Candidate:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    params = [torch.ones(shape, device=device, requires_grad=True) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, device=device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    if how == "bitsandbytes":
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.RMSprop(params, lr=RATE)
+    else:
+        optimizer = torch.optim.RMSprop(params, lr=RATE, foreach=how != "for-loop")
+    step = torch.compile(optimizer.step) if how == "torch.compile" else optimizer.step
+    start = time.perf_counter()
+    step()
+    wait()
+    seconds = time.perf_counter() - start if how == "torch.compile" else None
+    tensors = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim()]
+    return Candidate(step, wait, sum(t.numel() * t.element_size() for t in tensors), compile_seconds=seconds)
+
+
+def of_floor(shapes: Shapes) -> Candidate:
+    """Reads four arrays and writes one of them: 20 bytes a parameter. One array, whatever the layout."""
+    size = sum(int(np.prod(shape)) for shape in shapes)
+    a, b, c, d = (jnp.full(size, x) for x in (1.0, 1e-3, 1e-4, 1e-5))
+    stream = jax.jit(lambda a, b, c, d: a + (b + (c + d)), donate_argnums=0)
+    held = [stream(a, b, c, d)]
+
+    def step():
+        held[0] = stream(held[0], b, c, d)
+
+    return Candidate(step, lambda: held[0].block_until_ready(), 0)
+
+
+def makers(layout: str, shapes: Shapes) -> dict[str, Callable[[], Candidate]]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    grads = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    result: dict[str, Callable[[], Candidate]] = {"floor": lambda: of_floor(shapes)}
+    for variant, options in VARIANTS.items():
+        if variant != "plain" and layout not in ("16M", "ResNet-50"):
+            continue
+        result[f"optax, {variant}"] = lambda options=options: of_jax(optax.rmsprop(RATE, **options), shapes, grads)
+        for name, kind in STATE_DTYPES.items():
+            result[f"ours {name}, {variant}"] = lambda options=options, kind=kind: of_jax(
+                rmsprop(RATE, **options, state_dtype=kind), shapes, grads
+            )
+    if is_here("torch"):
+        hows = ["for-loop", "foreach", *(["torch.compile"] if len(shapes) < 200 else [])]
+        hows += ["bitsandbytes"] if is_here("bitsandbytes") else []
+        for how in hows:
+            label = how if how in ("torch.compile", "bitsandbytes") else f"torch {how}"
+            result[f"{label}, plain"] = lambda how=how: of_torch(how, shapes)
+    if is_here("keras"):
+        result["keras on jax, plain"] = lambda: of_keras(shapes, grads)
+    return result
+
+
+def is_here(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+# --- Measuring ----------------------------------------------------------------------------------------
+
+
+def race(candidates: dict[str, Candidate], seconds: float, tick: Callable[[], None]) -> dict[str, np.ndarray]:
+    """Seconds per update of each, by round; as many rounds as fit, at least 5 and at most 60."""
+    inner, once = {}, 0.0
+    for name, candidate in candidates.items():
+        for _ in range(2):  # the second one is without the page faults of the first
+            start = time.perf_counter()
+            candidate.step()
+            candidate.wait()
+            elapsed = time.perf_counter() - start
+        inner[name] = max(1, min(50, round(0.02 / elapsed)))
+        once += inner[name] * elapsed
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    rounds = int(np.clip(seconds / once, 5, 60))
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            candidate = candidates[name]
+            start = time.perf_counter()
+            for _ in range(inner[name]):
+                candidate.step()
+            candidate.wait()
+            times[name].append((time.perf_counter() - start) / inner[name])
+        tick()
+    return {name: np.array(series) for name, series in times.items()}
+
+
+def updates(layout: str, seconds: float, tick: Callable[[], None]) -> list[dict[str, Any]]:
+    """One layout: a row per candidate."""
+    shapes = LAYOUTS[layout]()
+    size = sum(int(np.prod(shape)) for shape in shapes)
+    candidates: dict[str, Candidate] = {}
+    for name, make in makers(layout, shapes).items():
+        try:
+            candidates[name] = make()
+        except Exception as error:
+            print(f"{layout}: {name} does not run here: {type(error).__name__}: {str(error).splitlines()[0]}")
+    times = race(candidates, seconds, tick)
+    rows = []
+    for name, candidate in candidates.items():
+        variant = name.partition(", ")[2] or "plain"
+        reference = times[f"optax, {variant}"]
+        low, ratio, high = np.quantile(times[name] / reference, (0.25, 0.5, 0.75))
+        optax_one = candidates[f"optax, {variant}"]
+        rows.append(
+            {
+                "layout": layout,
+                "parameters": size,
+                "candidate": name,
+                "milliseconds": 1e3 * float(np.median(times[name])),
+                "ratio": float(ratio),
+                "quartiles": [float(low), float(high)],
+                "state bytes per parameter": candidate.state_bytes / size,
+                "temporary bytes per parameter": per(candidate.temporary_bytes, size),
+                "trace seconds": candidate.trace_seconds,
+                "compile seconds": candidate.compile_seconds,
+                "trace ratio": per(candidate.trace_seconds, optax_one.trace_seconds),
+                "compile ratio": per(candidate.compile_seconds, optax_one.compile_seconds),
+                "rounds": len(times[name]),
+            }
+        )
+    return rows
+
+
+def per(x: float | None, y: float | None) -> float | None:
+    return None if x is None or not y else x / y
+
+
+def outside_jit(seconds: float) -> list[dict[str, Any]]:
+    """`tx.update` called from Python on 160 leaves of 1,000: what dispatch costs."""
+    grads = [jax.random.normal(jax.random.key(i), (1000,)) for i in range(160)]
+
+    def candidate(tx: Any) -> Candidate:
+        held = [tx.init(grads)]
+
+        def step():
+            held[0] = tx.update(grads, held[0])[1]
+
+        return Candidate(step, lambda: jax.block_until_ready(held), 0)
+
+    times = race({"optax": candidate(optax.rmsprop(RATE)), "ours": candidate(rmsprop(RATE))}, seconds, lambda: None)
+    ratio = float(np.median(times["optax"] / times["ours"]))
+    rows = {name: 1e3 * float(np.median(series)) for name, series in times.items()}
+    return [{"what": "update outside jit, 160 leaves", **rows, "times faster": ratio}]
+
+
+def sweep(seconds: float, count: int = 256, steps: int = 100) -> list[dict[str, Any]]:
+    """100 steps on 1,000 parameters for 256 learning rates and decays: one vmapped program, or one after another."""
+    rates, decays = jnp.logspace(-4, -1, count), jnp.linspace(0.5, 0.999, count)
+    curvature = jnp.logspace(-2, 2, 1000)
+
+    def run(make: Callable[..., Any], rate: Any, decay: Any) -> jax.Array:
+        tx = make(rate, decay)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(curvature * params, state)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = jnp.ones(1000)
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, length=steps)
+        return jnp.sum(curvature * params**2)
+
+    def timed(f: Callable[[], Any]) -> float:
+        jax.block_until_ready(f())
+        start, runs = time.perf_counter(), 0
+        while runs == 0 or time.perf_counter() - start < seconds / 4:
+            jax.block_until_ready(f())
+            runs += 1
+        return (time.perf_counter() - start) / runs
+
+    rows = []
+    for name, make in {"optax": optax.rmsprop, "ours": rmsprop}.items():
+        together, alone = (jax.jit(f) for f in (jax.vmap(functools.partial(run, make)), functools.partial(run, make)))
+        one = timed(lambda f=together: f(rates, decays))
+        loop = timed(lambda f=alone: [f(rate, decay) for rate, decay in zip(rates, decays, strict=True)])
+        rows.append({"sweep of 256": name, "vmap ms": 1e3 * one, "loop ms": 1e3 * loop, "times faster": loop / one})
+    return rows
+
+
+def growth(seconds: float, tick: Callable[[], None]) -> list[dict[str, Any]]:
+    """Time and compile time over leaves (of 1,000) and over parameters (in one leaf)."""
+    rows = []
+    counts = [(n, (1000,)) for n in (10, 100, 1000, 10_000)] + [(1, (10**k,)) for k in (4, 5, 6, 7, 8)]
+    for leaves, shape in counts:
+        grads = [jnp.ones(shape)] * leaves
+        kinds = {"optax": optax.rmsprop(RATE)} | {
+            f"ours {name}": rmsprop(RATE, state_dtype=kind) for name, kind in STATE_DTYPES.items() if name != "bfloat16"
+        }
+        if leaves == 10_000:
+            del kinds["ours uint8"]  # three minutes to compile, and nothing new in it
+        candidates = {name: of_jax(tx, [shape] * leaves, grads) for name, tx in kinds.items()}
+        times = race(candidates, seconds / 4, tick)
+        for name, candidate in candidates.items():
+            rows.append({"leaves": leaves, "parameters": leaves * shape[0], "candidate": name})
+            rows[-1] |= {"milliseconds": 1e3 * float(np.median(times[name]))}
+            rows[-1] |= {"trace seconds": candidate.trace_seconds, "compile seconds": candidate.compile_seconds}
+        del candidates
+    return rows
+
+
+def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cost per leaf and per parameter, least squares in relative error, and what they come to at scale."""
+    result = []
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        mine = [row for row in rows if row["candidate"] == name]
+        leaves, size, ms = (np.array([r[k] for r in mine], float) for k in ("leaves", "parameters", "milliseconds"))
+        design = np.stack([leaves, size], 1) / ms[:, None]
+        (per_leaf, per_parameter), *_ = np.linalg.lstsq(design, np.ones(len(ms)), rcond=None)
+        many = [r for r in mine if r["leaves"] >= 100]
+        slope = {
+            k: np.polyfit(np.log([r["leaves"] for r in many]), np.log([r[k] for r in many]), 1)[0]
+            for k in ("trace seconds", "compile seconds")
+        }
+        state = 1 if "uint8" in name else 4
+        result.append(
+            {
+                "candidate": name,
+                "us per leaf": 1e3 * per_leaf,
+                "ns per parameter": 1e6 * per_parameter,
+                "trace ~ leaves^": slope["trace seconds"],
+                "compile ~ leaves^": slope["compile seconds"],
+                "1e9 on 8 devices": at_scale(state, per_parameter, 1e9, 8),
+                "1e12 on 1024 devices": at_scale(state, per_parameter, 1e12, 1024),
+            }
+        )
+    return result
+
+
+def at_scale(state_bytes: int, ms_per_parameter: float, parameters: float, devices: int) -> str:
+    """State and time of an update for each device under FSDP: the update itself moves nothing between them."""
+    share = parameters / devices
+    return f"{state_bytes * share / 1e9:.3g} GB, {ms_per_parameter * share / 1e3:.2g} s"
+
+
+# --- Reporting ----------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    cpu = platform.processor()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((x.partition(": ")[2] for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+    device = f"{os.cpu_count()} cores of {cpu}" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    packages = [name for name in ("jax", "optax", "torch", "keras", "bitsandbytes") if is_here(name)]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"{device}; {versions}; {datetime.date.today()}"
+
+
+def short(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(short(x) for x in row.values()) + " |" for row in rows)])
+
+
+def time_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Candidates by layouts: milliseconds, ratio to Optax's same variant, quartiles."""
+    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    table = []
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        line = {"update": name}
+        for layout in layouts:
+            row = next((r for r in rows if (r["candidate"], r["layout"]) == (name, layout)), None)
+            quartiles = row and "{:.2f}-{:.2f}".format(*row["quartiles"])
+            line[layout] = row and f"{row['milliseconds']:.3g} ms, {row['ratio']:.2f} ({quartiles})"
+        table.append(line)
+    return table
+
+
+def cost_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """State, temporary memory, trace and compile time."""
+    keys = ("state bytes per parameter", "temporary bytes per parameter", "trace seconds", "trace ratio")
+    keys += ("compile seconds", "compile ratio")
+    return [
+        {"update": row["candidate"], "layout": row["layout"], **{key: row[key] for key in keys}}
+        for row in rows
+        if row["candidate"] != "floor" and row["layout"] in ("160 x 100k", "1000 x 1k", "ResNet-50")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--seconds", type=float, default=30.0, help="of racing for each layout (default: 30)")
+    parser.add_argument("--growth", action="store_true", help="also how cost grows with leaves and parameters")
+    parser.add_argument("--json", metavar="FILE", help="where to write every number")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    grown: list[dict[str, Any]] = []
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("racing", total=None)
+        for layout in arguments.layouts:
+            progress.update(bar, description=layout)
+            rows += updates(layout, arguments.seconds, lambda: progress.advance(bar))
+        progress.update(bar, description="outside jit, sweep")
+        eager, swept = outside_jit(arguments.seconds / 4), sweep(arguments.seconds / 4)
+        if arguments.growth:
+            progress.update(bar, description="growth")
+            grown = growth(arguments.seconds, lambda: progress.advance(bar))
+    print(f"{machine()}\n")
+    for table in (time_table(rows), cost_table(rows), eager, swept):
+        if table:
+            print(markdown(table) + "\n")
+    if grown:
+        print(markdown(grown) + "\n\n" + markdown(fits(grown)) + "\n")
+    if arguments.json:
+        content = {"machine": machine(), "updates": rows, "outside jit": eager, "sweep": swept, "growth": grown}
+        pathlib.Path(arguments.json).write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
