@@ -19,9 +19,10 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _storage
 
 
-# rule(hyper, count, grad, param or None, keep, **slots) -> update, for one array and all in one
-# precision. keep(name, value) puts a slot's new value into the state and returns what the state
-# then holds, which may be rounded. Hashed by value: equal rules share one compiled update.
+# rule(hyper, count, grad, param or None, keep, largest, **slots) -> update, for one array and all
+# in one precision. keep(name, value) puts a slot's new value into the state and returns what the
+# state then holds, which may be rounded; `largest` is the largest value that every slot can hold.
+# Hashed by value: equal rules share one compiled update.
 Rule = Callable[..., jax.Array]
 
 
@@ -162,8 +163,9 @@ def _apply(
     def is_lost(x: jax.Array, dtype: DTypeLike) -> bool:
         return jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating)
 
+    largest = min(_storage.largest(x.dtype) for x in kept.values())
     with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
-        step = rule(hyper, count, grad_wide, param_wide, keep, **slots)
+        step = rule(hyper, count, grad_wide, param_wide, keep, largest, **slots)
     dtype = jnp.result_type(grad)
     return step if is_lost(step, dtype) else step.astype(dtype), new
 

@@ -64,6 +64,7 @@ class _Rule:
         grad: jax.Array,
         param: Any,
         keep: Callable[[str, jax.Array], jax.Array],
+        largest: float,
         nu: Any,
         mu: Any = None,
         trace: Any = None,
@@ -73,7 +74,11 @@ class _Rule:
 
         if weight_decay is not None and not self.decoupled:
             grad = grad + weight_decay * param
-        g = _clipped(grad)
+        # A gradient whose square ν cannot hold comes down to the largest whose square it can: then
+        # its step is as long as any other, and ν is back after some 90/(1-ρ) updates. The 16 leaves
+        # room for the difference from a mean, for both parts of a complex number, and for the
+        # rounded weights of an average, which can add up to more than one.
+        g = _clipped(grad, math.sqrt(min(largest, jnp.finfo(grad.dtype).max / 16)))
 
         if self.centered:
             # With the new mean: g - μ' = ρ(g - μ), so that this is ρ(ν + (1-ρ)|g - μ|²). With
@@ -109,14 +114,9 @@ class _Rule:
         return -step
 
 
-def _clipped(g: jax.Array) -> jax.Array:
-    # A value whose square would overflow comes down to a large one whose square does not: then
-    # its step is as long as any other, and ν is back after some 90/(1-ρ) updates. A quarter of
-    # the root leaves room for the difference from a mean, for both parts of a complex number,
-    # and for the rounded weights of an average, which can add up to more than one.
+def _clipped(g: jax.Array, limit: float) -> jax.Array:
     if jnp.iscomplexobj(g):
-        return jax.lax.complex(_clipped(g.real), _clipped(g.imag))
-    limit = np.sqrt(jnp.finfo(g.dtype).max) / 4
+        return jax.lax.complex(_clipped(g.real, limit), _clipped(g.imag, limit))
     return jax.lax.clamp(-limit, g, limit)
 
 

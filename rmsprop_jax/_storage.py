@@ -4,8 +4,8 @@
 part in 1/(1-ρ) per update, far less than the distance of two codes, and rounding to nearest would
 leave it where it is for good. `uint8` takes 7 bits of the exponent and 1 of the mantissa::
 
-    code = (bits(max(x, 2⁻⁹⁰)) - bits(2⁻⁹⁰) + r) >> 22       r: 22 random bits
-    x    = float((code << 22) + bits(2⁻⁹⁰))
+    code = (bits(max(x, 2⁻⁹⁰)) - bits(2⁻⁹⁰) + r) >> 22       r: 22 random bits, or: the lower
+    x    = float((code << 22) + bits(2⁻⁹⁰))                   22 exceed r, one code more
 
 that is 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...}, up to 1.5 · 2³⁷: no sign, no zero, no scales beside it. The
 bits of a float are linear between two codes, so that the mean over r is exactly x.
@@ -21,6 +21,7 @@ from jax.experimental import shard_alike
 from jax.typing import ArrayLike, DTypeLike
 
 
+# What an accumulator can be kept in beside what it is computed in.
 STATE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.uint8))
 
 _SMALLEST = np.float32(2.0**-90).view(np.uint32)
@@ -53,10 +54,16 @@ def kept_dtype(dtype: DTypeLike, state_dtype: np.dtype | None, non_negative: boo
     return state_dtype if non_negative else np.dtype(jnp.bfloat16)
 
 
+def largest(dtype: DTypeLike) -> float:
+    """The largest value that can be kept in `dtype`."""
+    return float(_LARGEST.view(np.float32) if dtype == jnp.uint8 else jnp.finfo(dtype).max)
+
+
 def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """A fresh array with `param`'s shape and sharding that keeps `value`, to nearest, in `dtype`."""
     if dtype == jnp.uint8:
-        value = _encode(jnp.abs(jnp.asarray(value, jnp.float32)), np.uint32(1 << 31))  # -0 has a sign
+        # abs, because -0 has a sign bit.
+        value = _encode(jnp.abs(jnp.asarray(value, jnp.float32)), np.uint32(1 << 31))
     array = jnp.full_like(param, value, dtype)
     if isinstance(param, Tracer):
         # Under jit on an Auto mesh nothing ties a constant to its parameter: XLA would
@@ -100,15 +107,13 @@ def _mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-# In both, the last operation has two arrays as operands. XLA's CPU backend computes anew wherever
-# it is read what ends in an operation of one, and would then have to copy the donated state.
-
-
 def _encode(x: jax.Array, noise: Any) -> jax.Array:
     # Clamped as bits, not as values, so that NaN, which has no code, is kept as the largest.
     bits = jax.lax.clamp(_SMALLEST, _bits(x), _LARGEST)
     up = (bits << 10) > noise
-    # Modulo 256: what is left of the exponent's highest bit falls off.
+    # Modulo 256: the two bits above fall off. Two arrays are subtracted last, because XLA's CPU
+    # backend computes anew, wherever it is read, what ends in an operation on one array; then
+    # the step would read the old codes, and they would have to be copied.
     return (bits >> 22).astype(jnp.uint8) - jnp.where(up, _BELOW - 1, _BELOW)
 
 

@@ -351,6 +351,21 @@ def test_nan_and_inf_are_not_hidden_and_apply_if_finite_restores(options, state_
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+@pytest.mark.parametrize("bad", [1e5, 1e6, 1e10, 1e25, -3e38])
+@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("options", [{}, {"centered": True}, {"eps_in_sqrt": False}, {"bias_correction": True}])
+def test_recovers_from_a_huge_gradient(options, state_dtype, bad):
+    gradients = jnp.ones((1600, 2)).at[::2].set(-0.5).at[10].set(jnp.array([bad, 1.0]))
+    tx = rmsprop(1e-3, state_dtype=state_dtype, **options)
+    state = tx.init(jnp.zeros(2))
+    _, updates = jax.jit(lambda g: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], state, g))(gradients)
+    # Its step is as long as a first one, 1/√(1-ρ), and once more the root of a code's step, and a centered one's.
+    assert 1e-3 < abs(updates[10, 0]) < 1.5 * 1e-3 / np.sqrt(0.1 * 0.9)
+    late = np.abs(updates[-400:]).mean(0)
+    np.testing.assert_allclose(late[0], late[1], rtol=0.1)
+    assert late[0] > 3e-4
+
+
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
