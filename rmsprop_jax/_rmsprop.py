@@ -181,9 +181,10 @@ def rmsprop(
         state_dtype: how ν is kept: `None` in the dtype it is computed in, 4 bytes;
             `jnp.bfloat16` in 2, `jnp.uint8` in 1, rounded stochastically so that it is right
             in the mean. For uint8 a code stands for 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...} up to
-            2³⁸: |g| from 3e-14 to 4e5, noise of 0.15 to 0.45 of ν whatever the decay, steps
-            longer by 1 to 7 percent in the mean. The signed averages (`centered`, `momentum`)
-            are then in bfloat16, complex ones as ever. No derivative goes through the state.
+            2³⁸, that is |g| from 3e-14 to 4e5; the noise is 0.15 to 0.45 of ν whatever the
+            decay, and makes steps longer by 1 to 7 percent in the mean. The signed averages
+            (`centered`, `momentum`) are then in bfloat16, complex ones as ever. No derivative
+            goes through the state.
 
     Returns:
         A transformation with :class:`RMSPropState` as its state. `update` is compiled once

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich.console import Console
 from rich.progress import Progress
 
 from rmsprop_jax import rmsprop
@@ -90,26 +91,13 @@ class Candidate(NamedTuple):
 
 
 def of_jax(tx: optax.GradientTransformation, shapes: Shapes, grads: list[jax.Array]) -> Candidate:
-    params = [jnp.ones(shape) for shape in shapes]
-    held = [params, tx.init(params)]
-    nbytes = sum(x.nbytes for x in jax.tree.leaves(held[1]))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    start = time.perf_counter()
-    lowered = update.lower(*held, grads)
-    middle = time.perf_counter()
-    compiled = lowered.compile()
-    end = time.perf_counter()
-
-    def step():
-        held[:] = compiled(*held, grads)
-
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    return Candidate(step, lambda: jax.block_until_ready(held), nbytes, temporary, middle - start, end - middle)
+    params = [jnp.ones(shape) for shape in shapes]
+    state = tx.init(params)
+    return compiled(update, params, state, grads, sum(x.nbytes for x in jax.tree.leaves(state)))
 
 
 def of_keras(shapes: Shapes, grads: list[jax.Array]) -> Candidate:
@@ -118,25 +106,31 @@ def of_keras(shapes: Shapes, grads: list[jax.Array]) -> Candidate:
     variables = [keras.Variable(np.ones(shape, np.float32)) for shape in shapes]
     optimizer = keras.optimizers.RMSprop(RATE)
     optimizer.build(variables)
-    held = [[v.value for v in optimizer.variables], [v.value for v in variables]]
-    nbytes = sum(x.nbytes for x in held[0])
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(state, params, grads):
-        params, state = optimizer.stateless_apply(state, grads, params)
-        return state, params
+    def update(params, state, grads):
+        return optimizer.stateless_apply(state, grads, params)
 
-    start = time.perf_counter()
-    lowered = update.lower(*held, grads)
-    middle = time.perf_counter()
-    compiled = lowered.compile()
-    end = time.perf_counter()
+    params, state = [v.value for v in variables], [v.value for v in optimizer.variables]
+    return compiled(update, params, state, grads, sum(x.nbytes for x in state))
+
+
+def compiled(update: Callable[..., Any], params: Any, state: Any, grads: Any, state_bytes: int) -> Candidate:
+    """Compiled with parameters and state donated; three times, for the times of that, unless it takes long."""
+    traces, compiles = [], []
+    while len(traces) < 3 and sum(compiles) < 5:
+        function = jax.jit(lambda *arguments: update(*arguments), donate_argnums=(0, 1))  # a new one is traced anew
+        start = time.perf_counter()
+        lowered = function.lower(params, state, grads)
+        traces.append(time.perf_counter() - start)
+        program = lowered.compile()
+        compiles.append(time.perf_counter() - start - traces[-1])
+    held = [params, state]
 
     def step():
-        held[:] = compiled(*held, grads)
+        held[:] = program(*held, grads)
 
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    return Candidate(step, lambda: jax.block_until_ready(held), nbytes, temporary, middle - start, end - middle)
+    temporary = program.memory_analysis().temp_size_in_bytes
+    return Candidate(step, lambda: jax.block_until_ready(held), state_bytes, temporary, min(traces), min(compiles))
 
 
 def of_torch(how: str, shapes: Shapes) -> Candidate:
@@ -205,7 +199,7 @@ def is_here(name: str) -> bool:
 # --- Measuring ----------------------------------------------------------------------------------------
 
 
-def race(candidates: dict[str, Candidate], seconds: float, tick: Callable[[], None]) -> dict[str, np.ndarray]:
+def race(candidates: dict[Any, Candidate], seconds: float, tick: Callable[[], None]) -> dict[Any, np.ndarray]:
     """Seconds per update of each, by round; as many rounds as fit, at least 5 and at most 60."""
     inner, once = {}, 0.0
     for name, candidate in candidates.items():
@@ -307,21 +301,24 @@ def sweep(seconds: float, count: int = 256, steps: int = 100) -> list[dict[str, 
         (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, length=steps)
         return jnp.sum(curvature * params**2)
 
-    def timed(f: Callable[[], Any]) -> float:
-        jax.block_until_ready(f())
-        start, runs = time.perf_counter(), 0
-        while runs == 0 or time.perf_counter() - start < seconds / 4:
-            jax.block_until_ready(f())
-            runs += 1
-        return (time.perf_counter() - start) / runs
-
-    rows = []
+    candidates = {}
     for name, make in {"optax": optax.rmsprop, "ours": rmsprop}.items():
         together, alone = (jax.jit(f) for f in (jax.vmap(functools.partial(run, make)), functools.partial(run, make)))
-        one = timed(lambda f=together: f(rates, decays))
-        loop = timed(lambda f=alone: [f(rate, decay) for rate, decay in zip(rates, decays, strict=True)])
-        rows.append({"sweep of 256": name, "vmap ms": 1e3 * one, "loop ms": 1e3 * loop, "times faster": loop / one})
-    return rows
+        for how, f in (
+            ("vmap", lambda f=together: f(rates, decays)),
+            ("loop", lambda f=alone: [f(rate, decay) for rate, decay in zip(rates, decays, strict=True)]),
+        ):
+            candidates[name, how] = Candidate(lambda f=f: jax.block_until_ready(f()), lambda: None, 0)
+    times = {key: 1e3 * float(np.median(series)) for key, series in race(candidates, seconds, lambda: None).items()}
+    return [
+        {
+            "sweep of 256": name,
+            "vmap ms": times[name, "vmap"],
+            "loop ms": times[name, "loop"],
+            "times faster": times[name, "loop"] / times[name, "vmap"],
+        }
+        for name in ("optax", "ours")
+    ]
 
 
 def growth(seconds: float, tick: Callable[[], None]) -> list[dict[str, Any]]:
@@ -434,27 +431,37 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="also how cost grows with leaves and parameters")
     parser.add_argument("--json", metavar="FILE", help="where to write every number")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    grown: list[dict[str, Any]] = []
-    with Progress(transient=True) as progress:
+    content: dict[str, Any] = {"machine": machine()}
+    print(f"{machine()}\n", flush=True)
+
+    def report(name: str, rows: list[dict[str, Any]], *tables: list[dict[str, Any]]) -> None:
+        """Prints and writes at once: what is measured stays, whatever comes after."""
+        content[name] = rows
+        for table in tables or (rows,):
+            if table:
+                print(markdown(table) + "\n", flush=True)
+        if arguments.json:
+            pathlib.Path(arguments.json).write_text(json.dumps(content, indent=1))
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("racing", total=None)
+
+        def tick() -> None:
+            progress.advance(bar)
+
+        rows = []
         for layout in arguments.layouts:
             progress.update(bar, description=layout)
-            rows += updates(layout, arguments.seconds, lambda: progress.advance(bar))
-        progress.update(bar, description="outside jit, sweep")
-        eager, swept = outside_jit(arguments.seconds / 4), sweep(arguments.seconds / 4)
+            rows += updates(layout, arguments.seconds, tick)
+        report("updates", rows, time_table(rows), cost_table(rows))
+        progress.update(bar, description="outside jit")
+        report("outside jit", outside_jit(arguments.seconds / 4))
+        progress.update(bar, description="sweep")
+        report("sweep", sweep(arguments.seconds / 4))
         if arguments.growth:
             progress.update(bar, description="growth")
-            grown = growth(arguments.seconds, lambda: progress.advance(bar))
-    print(f"{machine()}\n")
-    for table in (time_table(rows), cost_table(rows), eager, swept):
-        if table:
-            print(markdown(table) + "\n")
-    if grown:
-        print(markdown(grown) + "\n\n" + markdown(fits(grown)) + "\n")
-    if arguments.json:
-        content = {"machine": machine(), "updates": rows, "outside jit": eager, "sweep": swept, "growth": grown}
-        pathlib.Path(arguments.json).write_text(json.dumps(content, indent=1))
+            grown = growth(arguments.seconds, tick)
+            report("growth", grown, grown, fits(grown))
 
 
 if __name__ == "__main__":
