@@ -29,6 +29,16 @@ def test_shapes_are_those_of_the_networks():
     ]
 
 
+def test_the_readme_quotes_what_was_printed():
+    here = pathlib.Path(__file__).parent
+    readme = (here.parent / "README.md").read_text()
+    content = json.loads((here / "benchmarks" / "results" / "cpu.json").read_text())
+    assert content["machine"] in readme
+    rows = content["updates"]
+    for table in (speed.time_table(rows), speed.cost_table(rows), content["outside jit"], content["sweep"]):
+        assert speed.markdown(table) in readme
+
+
 def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "LAYOUTS", {"16M": lambda: [(64,)], "160 x 100k": lambda: [(8,)] * 3})
     monkeypatch.setattr(speed, "is_here", lambda name: name in ("jax", "optax"))
@@ -85,7 +95,9 @@ def test_training_compares_equal_starts_and_batches(monkeypatch):
     monkeypatch.setattr(training, "SEEDS", range(1))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Flax's
         rows = training.compare(["convnet"], ["plain"])
-        again = training.runs(problem, lambda rate, decay: training.optax.rmsprop(rate, decay, eps=1.2e-38))(0.9, 1.0, 0)
+        again = training.runs(problem, lambda rate, decay: training.optax.rmsprop(rate, decay, eps=1.2e-38))(
+            0.9, 1.0, 0
+        )
     losses = {(row["dtype"], row["scale"]): row["loss"] for row in rows}
     assert losses["float32", 1.0] == pytest.approx(again[0], rel=1e-4)
     # A power of two changes nothing but exponents; also in the codes.
