@@ -131,9 +131,7 @@ def _update_leaf(
     # In the gradient's precision or the state's, whichever is higher.
     wide = np.result_type(*(_storage.compute_dtype(dtype) for dtype in (grad_dtype, *(x.dtype for x in kept.values()))))
     step, new = _apply(rule, wide, hyper_in(_storage.real_dtype(wide)), count, seeds, grad, param, kept)
-    if any(
-        x.dtype != before for x, before in ((step, grad_dtype), *((new[name], x.dtype) for name, x in kept.items()))
-    ):
+    if step.dtype != grad_dtype or any(new[name].dtype != x.dtype for name, x in kept.items()):
         raise TypeError(f"gradient{keystr(path)} is {grad_dtype}: it must be complex just where its parameter is")
     return step, new
 
@@ -157,17 +155,20 @@ def _apply(
     new: dict[str, jax.Array] = {}
 
     def keep(name: str, x: jax.Array) -> jax.Array:
-        new[name] = x if is_lost(x, kept[name].dtype) else _storage.store(x, kept[name].dtype, seeds[name], grad_wide)
+        dtype = kept[name].dtype
+        new[name] = _storage.store(x, dtype, seeds[name], grad_wide) if _holds(dtype, x) else x
         return _storage.load(new[name]).astype(x.dtype)
-
-    def is_lost(x: jax.Array, dtype: DTypeLike) -> bool:
-        return jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating)
 
     largest = min(_storage.largest(x.dtype) for x in kept.values())
     with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
         step = rule(hyper, count, grad_wide, param_wide, keep, largest, **slots)
     dtype = jnp.result_type(grad)
-    return step if is_lost(step, dtype) else step.astype(dtype), new
+    return step.astype(dtype) if _holds(dtype, step) else step, new
+
+
+def _holds(dtype: DTypeLike, x: jax.Array) -> bool:
+    """Whether no imaginary part would be lost. If one would, the caller, who knows the leaf's path, says so."""
+    return jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.iscomplexobj(x)
 
 
 def _column(updates: optax.Updates, tree: Any, name: str) -> list[Any]:

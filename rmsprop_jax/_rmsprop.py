@@ -78,7 +78,7 @@ class _Rule:
         # its step is as long as any other, and ν is back after some 90/(1-ρ) updates. The 16 leaves
         # room for the difference from a mean, for both parts of a complex number, and for the
         # rounded weights of an average, which can add up to more than one.
-        g = _clipped(grad, math.sqrt(min(largest, jnp.finfo(grad.dtype).max / 16)))
+        g = _clipped(grad, np.sqrt(min(largest, jnp.finfo(nu.dtype).max / 16), dtype=nu.dtype))
 
         if self.centered:
             # With the new mean: g - μ' = ρ(g - μ), so that this is ρ(ν + (1-ρ)|g - μ|²). With
@@ -114,7 +114,7 @@ class _Rule:
         return -step
 
 
-def _clipped(g: jax.Array, limit: float) -> jax.Array:
+def _clipped(g: jax.Array, limit: np.floating) -> jax.Array:
     if jnp.iscomplexobj(g):
         return jax.lax.complex(_clipped(g.real, limit), _clipped(g.imag, limit))
     return jax.lax.clamp(-limit, g, limit)

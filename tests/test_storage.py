@@ -95,6 +95,18 @@ def test_float64_saturates(x64, state_dtype):
     assert jnp.isfinite(updates).all()
 
 
+@pytest.mark.parametrize("state_dtype", [None, *NARROW])
+def test_every_dtype_where_float64_is_on(x64, state_dtype):
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128):
+        for options in ({}, {"centered": True, "momentum": 0.9, "bias_correction": True}):
+            tx = rmsprop(0.1, state_dtype=state_dtype, **options)
+            params = jnp.ones(3, dtype)
+            updates, state = tx.update(2 * params, tx.init(params))
+            assert updates.dtype == dtype
+            assert (updates.real < 0).all()
+            assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, tx.init(params))
+
+
 @pytest.mark.parametrize("state_dtype", NARROW)
 def test_initial_scale_is_kept_to_nearest(state_dtype):
     for scale, code in ((0.0, 0), (-0.0, 0), (1.0, 180), (1.5, 181), (1.2, 180), (1.3, 181), (1e-40, 0), (1e30, 255)):
