@@ -313,14 +313,11 @@ def from_rmsprop(state: Any, like: Any) -> Any:
         if not ours(new):
             return old
         seed = _storage.seeds(old.count, 3)
-        values = {
-            "nu": _second_moment(old) if new.mu is None else _loaded(old.nu),
-            **{slot: None if tree is None else _loaded(tree) for slot, tree in (("mu", old.mu), ("trace", old.trace))},
-        }
+        values = {"nu": _second_moment(old) if new.mu is None else old.nu, "mu": old.mu, "trace": old.trace}
         for slot, tree in values.items():
             wanted = getattr(new, slot)
             if tree is not None and wanted is not None:
-                tree = jax.tree.map(lambda x, y: _storage.store(x, y.dtype, seed, x), tree, wanted)
+                tree = jax.tree.map(lambda x, y: _storage.store(x, y.dtype, seed, x), _loaded(tree), wanted)
             values[slot] = wanted if tree is None or wanted is None else tree
         return new._replace(count=old.count, **values)
 
