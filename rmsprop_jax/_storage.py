@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental import shard_alike
 from jax.typing import ArrayLike, DTypeLike
 
 
@@ -67,8 +66,10 @@ def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
     array = jnp.full_like(param, value, dtype)
     if isinstance(param, Tracer):
         # Under jit on an Auto mesh nothing ties a constant to its parameter: XLA would
-        # replicate it, or leave it on one device.
-        _, array = shard_alike.shard_alike(param, array)
+        # replicate it, or leave it on one device. So it is made to depend on it, by a condition
+        # that never holds, which XLA does not know when it hands shardings on. (Calls of
+        # jax.experimental.shard_alike with arrays of one shape are lowered once, for one sharding.)
+        array = jnp.where((param != param) & (param == param), jnp.ones_like(array), array)
     return array
 
 

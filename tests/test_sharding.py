@@ -15,8 +15,9 @@ from rmsprop_jax import rmsprop
 EVERYTHING = {"centered": True, "momentum": 0.9, "nesterov": True, "bias_correction": True, "initial_scale": 1.0}
 OPTIONS = [{}, EVERYTHING, {"state_dtype": jnp.uint8}, EVERYTHING | {"state_dtype": jnp.bfloat16}]
 COLLECTIVES = r"all-\w+|collective-\w+|reduce-scatter|partition-id"
-SPECS = {"w": P("x", None), "v": P(None, "y"), "b": P(("x", "y")), "r": P()}
-SHAPES = {"w": (8, 6), "v": (3, 4), "b": (16,), "r": (5,)}
+SPECS = {"w": P("x", None), "v": P(None, "y"), "b": P(("x", "y")), "r": P(), "c": P("y"), "s": P()}
+# b, c and s are of one shape, and yet each has a sharding of its own.
+SHAPES = {"w": (8, 6), "v": (3, 4), "b": (16,), "r": (5,), "c": (16,), "s": (16,)}
 
 
 def mesh(axis_type):
