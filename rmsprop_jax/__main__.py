@@ -1,6 +1,7 @@
 """python -m rmsprop_jax: train a small network on real handwritten digits, and show it."""
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -104,7 +105,7 @@ def train(
         return loss, (logits.argmax(-1) == data.labels).mean()
 
     # Donated: the new parameters and state are written where the old ones were.
-    @jax.jit(donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, index: jax.Array) -> tuple[Any, Any, jax.Array, jax.Array]:
         batch = Digits(train_set.images[index], train_set.labels[index])
         (loss, accuracy), grads = jax.value_and_grad(loss_and_accuracy, has_aux=True)(params, batch)

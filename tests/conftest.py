@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+if not hasattr(jax, "enable_x64"):  # the oldest jax that we support has it elsewhere
+    jax.enable_x64 = jax.experimental.enable_x64
 
 
 # Timing decides nothing here: neither a deadline nor a slow machine.
@@ -38,4 +40,11 @@ def compilations():
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def users_climate():
+    """Other people's libraries mix dtypes and ranks: here the user's settings, not ours."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,11 +12,7 @@ import pytest
 from rmsprop_jax import __main__ as demo, rmsprop
 
 
-@pytest.fixture(autouse=True)
-def users_climate():
-    """Flax and Optax mix dtypes and ranks: here the user's settings, not ours."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("users_climate")
 
 
 def test_the_command_learns(capsys, tmp_path):

@@ -1,0 +1,398 @@
+"""Inside other people's training loops: README's table of frameworks and wrappers, each line run as it stands."""
+
+import pathlib
+import re
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn, nnx
+from flax.training.train_state import TrainState
+from problems import distance, grads, START, trajectory
+
+from rmsprop_jax import dialects, interop, rmsprop, scale_by_rms
+from rmsprop_jax.__main__ import load
+
+
+pytestmark = pytest.mark.usefixtures("users_climate")
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+LINES = dict(re.findall(r"^\| ([^|]+?) \| `([^|]+)` \| [^|]*\d+\.\d+[^|]* \|$", README, re.MULTILINE))
+NAMES = {"jax": jax, "jnp": jnp, "optax": optax, "nnx": nnx, "eqx": eqx, "TrainState": TrainState}
+OURS = {"dialects": dialects, "interop": interop, "rmsprop": rmsprop, "scale_by_rms": scale_by_rms}
+OPTAX = {"rmsprop": optax.rmsprop, "scale_by_rms": optax.scale_by_rms}
+
+
+def run(name, optimizers=OURS, **names):
+    """Executes README's line for `name`, and returns what it assigns."""
+    namespace = NAMES | optimizers | names
+    exec(LINES[name], namespace)
+    return namespace[LINES[name].partition(" = ")[0].split(",")[0].strip("(")]
+
+
+def full_batch():
+    digits = load(0)[0]
+    return digits.images.reshape(-1, 64), digits.labels
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+# --- Optax's wrappers ---------------------------------------------------------------------------------
+
+
+def kernels(value, rest):
+    """A tree like the parameters of `start`: `value` for the kernels, `rest` for biases and norm."""
+    dense = {"kernel": value, "bias": rest}
+    return {"dense1": dense, "norm": {"scale": rest}, "dense2": dense}
+
+
+def start(key):
+    key1, key2 = jax.random.split(key)
+    return {
+        "dense1": {"kernel": jax.random.normal(key1, (64, 32)) / 8, "bias": jnp.zeros(32)},
+        "norm": {"scale": jnp.ones(32)},
+        "dense2": {"kernel": jax.random.normal(key2, (32, 10)) / 6, "bias": jnp.zeros(10)},
+    }
+
+
+def loss_of(params, images, labels):
+    x = jax.nn.relu(images @ params["dense1"]["kernel"] + params["dense1"]["bias"])
+    x = x * params["norm"]["scale"] * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    return cross_entropy(x @ params["dense2"]["kernel"] + params["dense2"]["bias"], labels)
+
+
+def fit(tx, steps=120, wrap=lambda params: params, inner=lambda params: params, passes_loss=False):
+    """Trains on all the digits at once: the last parameters and state, and the loss before each step."""
+    data = full_batch()
+    params = wrap(start(jax.random.key(0)))
+    state = tx.init(params)
+    losses = []
+
+    @jax.jit
+    def step(params, state):
+        value, gradient = jax.value_and_grad(loss_of)(inner(params), *data)
+        updates, state = tx.update(gradient, state, params, **({"value": value} if passes_loss else {}))
+        return optax.apply_updates(params, updates), state, value
+
+    for _ in range(steps):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    return params, state, losses
+
+
+MASKS = {"kernels": kernels(True, False), "labels": kernels("kernels", "rest")}
+LOOKAHEAD = {"wrap": optax.LookaheadParams.init_synced, "inner": lambda params: params.fast}
+WRAPPERS = {
+    "`optax.chain`": {},
+    "`optax.inject_hyperparams`": {},
+    "`optax.MultiSteps`": {"steps": 480},
+    "`optax.masked`, no decay of biases and norms": {},
+    "`optax.partition`, a dialect per group": {},
+    "`optax.apply_if_finite`": {},
+    "`optax.lookahead`": LOOKAHEAD | {"steps": 400},
+    "`optax.contrib.schedule_free`": {"steps": 400},
+    "`optax.contrib.reduce_on_plateau`": {"passes_loss": True},
+    "`optax.contrib.sam`": {"steps": 240},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_trains_the_digits_in_a_wrapper(name):
+    losses = fit(run(name, **MASKS), **WRAPPERS[name])[2]
+    assert losses[0] > 2.3
+    # The last twelve, for SAM's include those of its adversary.
+    assert min(losses[-12:]) < 0.1
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in WRAPPERS if not re.search("partition|masked|plateau|lookahead|MultiSteps", name)]
+)
+def test_a_wrapper_gives_what_it_gives_optax(name):
+    ours, theirs = (trajectory(run(name, optimizers)) for optimizers in (OURS, OPTAX))
+    assert np.abs(theirs - START).max() > 0.1
+    assert distance(ours, theirs) < 2e-5
+
+
+def test_the_learning_rate_is_read_and_set_without_compiling(compilations):
+    tx = run("`optax.inject_hyperparams`")
+    params = np.array([1.0, -1.0], np.float32)
+    update = jax.jit(tx.update)
+    first, state = update(params, tx.init(params), params)
+    assert state.hyperparams["learning_rate"] == np.float32(3e-3)
+    np.testing.assert_allclose(first, -3e-3 / np.sqrt(0.1) * params, rtol=1e-5)
+    with compilations() as compiled:
+        for rate in (1e-1, 1e-2):
+            state = optax.tree.set(state, learning_rate=jnp.float32(rate))
+            second, _ = update(params, state, params)
+            assert optax.tree.get(state, "learning_rate") == np.float32(rate)
+            # ν is .1 after the first gradient of 1, and .19 after the second.
+            np.testing.assert_allclose(second, -rate / np.sqrt(0.19) * params, rtol=1e-5)
+    assert compiled == []
+
+
+def test_an_injected_schedule_is_the_schedule():
+    schedule = optax.exponential_decay(1e-2, 10, 0.5)
+    tx = optax.inject_hyperparams(rmsprop)(learning_rate=schedule)
+    assert distance(trajectory(tx), trajectory(rmsprop(schedule))) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "centered": True}, {"state_dtype": jnp.uint8}])
+def test_multi_steps_are_one_step_of_the_mean(options):
+    # Multiples of 1/64: the mean of two is exact however it is formed, and so the bits that rounding sees.
+    gradients = jax.random.randint(jax.random.key(1), (5, 2, 64), -99, 99) / 64.0
+    tx = rmsprop(0.1, **options)
+    every = optax.MultiSteps(tx, every_k_schedule=2)
+    params = many = jnp.asarray(START)
+    state, many_state = tx.init(params), every.init(many)
+    for pair in gradients:
+        for gradient in pair:
+            updates, many_state = every.update(gradient, many_state, many)
+            many = optax.apply_updates(many, updates)
+        updates, state = tx.update(pair.mean(0), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(many, params, rtol=0, atol=1e-6)
+    assert many_state.inner_opt_state.count == 5
+
+
+def test_a_mask_keeps_biases_and_norms_from_decay():
+    params = jax.tree.map(jnp.ones_like, start(jax.random.key(0)))
+    tx = run("`optax.masked`, no decay of biases and norms", **MASKS)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    decays = jax.tree.map(lambda u: bool((u < 0).all()), updates)
+    assert decays == MASKS["kernels"]
+    assert all(bool((u == 0).all() | (u < 0).all()) for u in jax.tree.leaves(updates))
+
+
+def test_a_group_is_trained_by_its_dialect():
+    params, labels = {"kernels": jnp.asarray(START), "rest": jnp.asarray(START)}, {"kernels": "kernels", "rest": "rest"}
+    tx = run("`optax.partition`, a dialect per group", labels=labels)
+    state = tx.init(params)
+    alone = {"kernels": dialects.pytorch(lr=3e-3, weight_decay=1e-4), "rest": dialects.tensorflow1(3e-3)}
+    expected = {name: trajectory(dialect, steps=20)[-1] for name, dialect in alone.items()}
+    assert np.abs(expected["kernels"] - expected["rest"]).max() > 1e-3
+    for t in range(20):
+        gradient = jax.tree.map(lambda p, t=t: grads(p, t), params)
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    for name in params:
+        np.testing.assert_allclose(params[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_apply_if_finite_leaves_no_trace_of_a_bad_batch():
+    tx = run("`optax.apply_if_finite`")
+    params = jnp.asarray(START)
+    _, state = tx.update(params, tx.init(params), params)
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        updates, after = tx.update(params.at[3].set(bad), state, params)
+        np.testing.assert_array_equal(updates, 0)
+        np.testing.assert_array_equal(after.inner_state.nu, state.inner_state.nu)
+        assert after.inner_state.count == state.inner_state.count == 1
+
+
+def test_a_plateau_shortens_the_step():
+    tx = run("`optax.contrib.reduce_on_plateau`")
+    params = jnp.ones(3)
+    state = tx.init(params)
+    update = jax.jit(lambda state: tx.update(params, state, params, value=jnp.float32(1.0)))
+    steps = []
+    for _ in range(60):
+        updates, state = update(state)
+        steps.append(float(-updates[0]))
+    # g = 1 throughout: lr/√(1 - .9ᵗ), until ten steps have not lowered the loss; then half of that, and so on.
+    base = 3e-3 / np.sqrt(1 - 0.9 ** np.arange(1, 61) + 1e-8)
+    np.testing.assert_allclose(np.unique(np.round(np.log2(base / steps), 4)), np.arange(6), atol=1e-3)
+
+
+def test_lookahead_steps_the_slow_weights():
+    ours, theirs = (fit(run("`optax.lookahead`", optimizers), 10, **LOOKAHEAD)[0] for optimizers in (OURS, OPTAX))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    # Ten is twice the period after which the fast weights are set to the slow ones.
+    for fast, slow in zip(jax.tree.leaves(ours.fast), jax.tree.leaves(ours.slow), strict=True):
+        np.testing.assert_allclose(fast, slow, rtol=1e-6, atol=1e-8)
+
+
+def test_complex_parameters_as_two_reals():
+    tx = run("`optax.contrib.split_real_and_imaginary`")
+    z = jnp.asarray(START + 1j * START[::-1], jnp.complex64)
+    together = trajectory(tx, z, steps=100)
+    real, imaginary = (trajectory(rmsprop(3e-3), part, steps=100, grads=part_grads) for part, part_grads in halves(z))
+    np.testing.assert_allclose(together.real, real, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(together.imag, imaginary, rtol=0, atol=2e-6)
+    # It is PyTorch's view, and not ours of |g|².
+    assert distance(trajectory(rmsprop(3e-3), z, steps=100), together, z) > 0.05
+
+
+def halves(z):
+    return [
+        (z.real, lambda p, t: grads(p + 0j, t).real),
+        (z.imag, lambda p, t: grads(1j * p, t).imag),
+    ]
+
+
+# --- jax's own transformations ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["`jax.lax.scan`", "`jax.checkpoint`"])
+def test_scan_is_the_loop(name):
+    tx = rmsprop(3e-2, momentum=0.9)
+
+    def step(carry, t):
+        params, state = carry
+        updates, state = tx.update(grads(params, t), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), jnp.sum(params**2)
+
+    params = jnp.asarray(START)
+    state = tx.init(params)
+    scanned = run(name, step=step, params=params, state=state, batches=jnp.arange(50))
+    compiled = jax.jit(step)
+    for t in range(50):
+        (params, state), _ = compiled((params, state), t)
+    np.testing.assert_allclose(scanned, params, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "centered": True}, {"eps_in_sqrt": False}])
+def test_checkpoint_gives_the_same_derivative_in_the_learning_rate(options):
+    def end(rate, wrap):
+        tx = rmsprop(rate, eps=1e-3, **options)
+
+        @wrap
+        def step(carry, t):
+            params, state = carry
+            updates, state = tx.update(grads(params, t), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = jnp.asarray(START)
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(20))
+        return jnp.mean(params**2)
+
+    plain, saved = (jax.grad(end)(1e-2, wrap) for wrap in (lambda f: f, jax.checkpoint))
+    np.testing.assert_allclose(saved, plain, rtol=1e-5)
+    difference = (end(1.01e-2, jax.checkpoint) - end(0.99e-2, jax.checkpoint)) / 2e-4
+    np.testing.assert_allclose(plain, difference, rtol=2e-2)
+
+
+def test_a_grid_of_hyperparameters_is_one_program(compilations):
+    rates, decays = jnp.logspace(-4, -2, 4), jnp.array([0.5, 0.9, 0.99])
+    images, labels = full_batch()
+
+    def train(rate, decay):
+        tx = rmsprop(rate, decay)
+        params = start(jax.random.key(0))
+
+        def step(carry, _):
+            params, state = carry
+            value, gradient = jax.value_and_grad(loss_of)(params, images[:256], labels[:256])
+            updates, state = tx.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(step, (params, tx.init(params)), None, length=60)[1]
+
+    with compilations() as compiled:
+        losses = run("`jax.vmap` over a grid", train=train, rates=rates, decays=decays)
+    assert len(compiled) == 1
+    assert losses.shape == (4, 3, 60)
+    alone = jax.jit(train)
+    for i, rate in enumerate(rates):
+        np.testing.assert_allclose(losses[i, 1, :20], alone(rate, decays[1])[:20], rtol=1e-3)
+    assert losses[:, 1, -1].min() < 0.1 < 1 < losses[0, 1, -1]
+
+
+# --- Frameworks ---------------------------------------------------------------------------------------
+
+
+def nnx_losses(optimizers, steps):
+    images, labels = full_batch()
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(64, 32, rngs=rngs), nnx.relu, nnx.Dropout(0.0), nnx.Linear(32, 10, rngs=rngs))
+    optimizer = run("Flax NNX", optimizers, model=model)
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, gradient = nnx.value_and_grad(lambda model: cross_entropy(model(images), labels))(model)
+        optimizer.update(model, gradient)
+        return value
+
+    return [float(step(model, optimizer)) for _ in range(steps)]
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(nn.relu(nn.Dense(32)(x)))
+
+
+def linen_losses(optimizers, steps):
+    images, labels = full_batch()
+    model = Linen()
+    params = model.init(jax.random.key(0), images)["params"]
+    state = run("Flax Linen", optimizers, model=model, params=params)
+
+    @jax.jit
+    def step(state):
+        loss = lambda params: cross_entropy(state.apply_fn({"params": params}, images), labels)  # noqa: E731
+        value, gradient = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=gradient), value
+
+    losses = []
+    for _ in range(steps):
+        state, value = step(state)
+        losses.append(float(value))
+    return losses
+
+
+def equinox_losses(optimizers, steps):
+    images, labels = full_batch()
+    # Its activation functions are leaves that are not arrays: None after the filter, in all trees.
+    model = eqx.nn.MLP(64, 10, 32, depth=1, key=jax.random.key(0))
+    tx = optimizers["rmsprop"](3e-3)
+    state = run("Equinox", optimizers, model=model, tx=tx)
+
+    @eqx.filter_jit
+    def step(model, state):
+        loss = lambda model: cross_entropy(jax.vmap(model)(images), labels)  # noqa: E731
+        value, gradient = eqx.filter_value_and_grad(loss)(model)
+        updates, state = tx.update(gradient, state, eqx.filter(model, eqx.is_inexact_array))
+        return eqx.apply_updates(model, updates), state, value
+
+    losses = []
+    for _ in range(steps):
+        model, state, value = step(model, state)
+        losses.append(float(value))
+    return losses
+
+
+def haiku_losses(optimizers, steps):
+    images, labels = full_batch()
+    net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([32, 10])(x)))
+    params = net.init(jax.random.key(0), images)
+    tx = optimizers["rmsprop"](3e-3)
+    state = run("Haiku", optimizers, net=net, params=params, tx=tx)
+
+    @jax.jit
+    def step(params, state):
+        value, gradient = jax.value_and_grad(lambda p: cross_entropy(net.apply(p, images), labels))(params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    losses = []
+    for _ in range(steps):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    return losses
+
+
+@pytest.mark.parametrize("losses", [nnx_losses, linen_losses, equinox_losses, haiku_losses])
+def test_trains_in_a_framework(losses):
+    ours, theirs = losses(OURS, 200), losses(OPTAX, 10)
+    assert ours[0] > 2.2
+    assert ours[-1] < 0.1
+    # The same losses at first; then a rounding has grown.
+    np.testing.assert_allclose(ours[:10], theirs, rtol=1e-4)
