@@ -1,0 +1,102 @@
+"""Several real processes: equal parameters on all, one process's run, and bit for bit the same after a kill."""
+
+import contextlib
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+
+PROGRAM = pathlib.Path(__file__).parent / "cluster.py"
+STEPS = 40
+
+
+class Job:
+    """A run of cluster.py in so many processes; none outlives the `with`."""
+
+    def __init__(self, folder, processes, state_dtype, devices=1, checkpoints="checkpoints", out="out"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.out = [folder / f"{out}{i}.npz" for i in range(processes)]
+        self.logs = [folder / f"{out}{i}.log" for i in range(processes)]
+        command = [sys.executable, str(PROGRAM), f"--processes={processes}", f"--devices={devices}", f"--port={port}"]
+        command += [f"--checkpoints={folder / checkpoints}", f"--out={folder / out}", f"--steps={STEPS}"]
+        command += [f"--state-dtype={state_dtype}"] if state_dtype else []
+        with contextlib.ExitStack() as files:
+            self.processes = [
+                subprocess.Popen(
+                    [*command, f"--process={i}"], stdout=files.enter_context(log.open("w")), stderr=subprocess.STDOUT
+                )
+                for i, log in enumerate(self.logs)
+            ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def log(self):
+        return "".join(log.read_text() for log in self.logs)
+
+    def result(self):
+        """What every process had at the end."""
+        codes = [process.wait(timeout=400) for process in self.processes]
+        assert codes == [0] * len(codes), self.log()
+        return [list(np.load(file).values()) for file in self.out]
+
+    def wait_for(self, text, process):
+        while text not in self.logs[process].read_text():
+            assert self.processes[process].poll() is None, self.log()
+            time.sleep(0.01)
+
+
+def assert_equal(run, other):
+    for a, b in zip(run, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_four_processes_train_as_one(tmp_path):
+    with Job(tmp_path, 4, None) as job:
+        runs = job.result()
+    with Job(tmp_path, 1, None, devices=4, checkpoints="one", out="one") as job:
+        (alone,) = job.result()
+        losses = [float(x) for x in re.findall(r"loss (\S+)", job.log())]
+    for run in runs[1:]:
+        assert_equal(runs[0], run)
+    # Gloo adds up the four gradients in another order than one process does.
+    for a, b in zip(runs[0], alone, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert len(losses) == STEPS
+    assert losses[0] > 2.2
+    assert np.mean(losses[-5:]) < 0.25
+
+
+def test_a_killed_job_ends_as_if_nothing_had_happened(tmp_path):
+    with Job(tmp_path, 2, "uint8", checkpoints="never") as job:
+        never_killed = job.result()
+    assert_equal(*never_killed)
+    # Two summands have one order: one process with two devices comes to the same bits.
+    with Job(tmp_path, 1, "uint8", devices=2, checkpoints="one", out="one") as job:
+        assert_equal(never_killed[0], job.result()[0])
+
+    with Job(tmp_path, 2, "uint8") as job:
+        job.wait_for("step 25,", process=1)
+        job.processes[1].send_signal(signal.SIGKILL)
+        assert job.processes[1].wait() == -signal.SIGKILL
+        print(job.log())
+    with Job(tmp_path, 2, "uint8") as job:
+        resumed = job.result()
+        print(job.log())
+        starts = re.findall(r"process (\d): goes on from step (\d+)", job.log())
+    assert starts in ([("0", "10"), ("1", "10")], [("0", "20"), ("1", "20")])
+    for run in resumed:
+        assert_equal(never_killed[0], run)
