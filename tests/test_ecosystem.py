@@ -34,6 +34,12 @@ def run(name, optimizers=OURS, **names):
     return namespace[LINES[name].partition(" = ")[0].split(",")[0].strip("(")]
 
 
+def test_every_line_of_the_table_is_run():
+    source = pathlib.Path(__file__).read_text()
+    assert len(LINES) == 18
+    assert [name for name in LINES if f'"{name}"' not in source] == []
+
+
 def full_batch():
     digits = load(0)[0]
     return digits.images.reshape(-1, 64), digits.labels
@@ -396,3 +402,37 @@ def test_trains_in_a_framework(losses):
     assert ours[-1] < 0.1
     # The same losses at first; then a rounding has grown.
     np.testing.assert_allclose(ours[:10], theirs, rtol=1e-4)
+
+
+# --- Rows of a table ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"centered": True, "momentum": 0.9, "bias_correction": True}])
+def test_rows_that_were_not_touched_keep_average_and_value(options):
+    """README's recipe against one small table per row, which sees an update only when its row is touched."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "return_inverse" in block]
+    block = block.replace("rmsprop(1e-2)", "rmsprop(1e-2, **options)")
+    namespace = {"options": options}
+    exec(block, namespace)
+    tx, step = namespace["tx"], namespace["step"]
+    table = jax.random.normal(jax.random.key(0), (12, 5))
+    state = tx.init(table)
+    alone = [(row, tx.init(row)) for row in table]
+    touched = np.zeros(12, int)
+    for key in jax.random.split(jax.random.key(1), 8):
+        ids = jax.random.randint(key, (6,), 0, 9)
+        table, state = step(table, state, ids)
+        for row, times in zip(*np.unique(ids, return_counts=True), strict=True):
+            params, row_state = alone[row]
+            # Bias correction knows the number of all updates.
+            row_state = row_state._replace(count=state.count - 1)
+            updates, row_state = tx.update(2 * times * params, row_state, params)
+            alone[row] = optax.apply_updates(params, updates), row_state
+            touched[row] += 1
+    assert (touched[:9] > 0).sum() >= 7
+    assert (touched[9:] == 0).all()
+    np.testing.assert_allclose(table, np.stack([params for params, _ in alone]), rtol=0, atol=1e-6)
+    for name in ("nu", "mu", "trace"):
+        if getattr(state, name) is not None:
+            rows = np.stack([getattr(row_state, name) for _, row_state in alone])
+            np.testing.assert_allclose(getattr(state, name), rows, rtol=1e-5)
