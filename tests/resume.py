@@ -3,7 +3,9 @@
 The model is a convolution and a dense layer in PyTorch's layout, so that a conversion has something to transpose.
 """
 
+import json
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -188,6 +190,30 @@ SOURCES = {
 
 def case_name(source: str, options: dict[str, Any]) -> str:
     return ",".join([source, *(f"{k}={v}" for k, v in options.items())])
+
+
+RECORDED = pathlib.Path(__file__).parent / "golden" / "resume"
+
+
+class Recorded(NamedTuple):
+    middle: Arrays
+    checkpoint: Any  # in the framework's own structure
+    end: Arrays
+
+
+def recorded(name: str, options: dict[str, Any]) -> Recorded:
+    """What golden/make.py kept of a run."""
+    golden = np.load(RECORDED / f"{case_name(name, options)}.npz")
+    middle, end = ({k: golden[f"/{part}/{k}"] for k in SHAPES} for part in ("middle", "end"))
+    entries = {k.removeprefix("/checkpoint/"): golden[k] for k in golden if k.startswith("/checkpoint/")}
+    if name in ("keras", "tensorflow"):
+        return Recorded(middle, list(entries.items()) if name == "keras" else entries, end)
+    groups = json.loads(str(entries.pop("param_groups")))
+    state: dict[int, Arrays] = {}
+    for path, value in entries.items():
+        _, key, slot = path.split("/")
+        state.setdefault(int(key), {})[slot] = value
+    return Recorded(middle, {"state": state, "param_groups": groups}, end)
 
 
 CASES = [(name, options) for name, source in SOURCES.items() for options in source.options]

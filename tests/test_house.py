@@ -1,6 +1,7 @@
 """The house: README, CHANGELOG, layout and imports are what they say."""
 
 import ast
+import json
 import pathlib
 import re
 import tomllib
@@ -32,6 +33,29 @@ def test_readme_has_the_table_of_dialects():
 
 def test_readme_has_code():
     assert len(re.findall("```python\n", README)) >= 3
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_notebooks_are_the_four():
+    assert [path.stem for path in NOTEBOOKS] == ["dialects", "limits", "quickstart", "sensitivity"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_with_outputs_and_explains_its_figures(path):
+    """.ci/run executes it; here is what a reader of the repository sees."""
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert "".join(code[0]["source"]).startswith("try:\n    import rmsprop_jax")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    with_figure = [
+        i for i, cell in enumerate(cells) if any("image/png" in x.get("data", ()) for x in cell.get("outputs", ()))
+    ]
+    assert len(with_figure) >= 2
+    assert all(cells[i + 1]["cell_type"] == "markdown" for i in with_figure)
 
 
 def test_version_is_the_top_of_the_changelog():

@@ -1,8 +1,5 @@
 """Runs carried over in the middle, both ways, from recorded checkpoints everywhere and from live frameworks."""
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +18,8 @@ from resume import (
     NAMES,
     ORIGIN,
     RATES,
-    SHAPES,
+    RECORDED,
+    recorded,
     SOURCES,
     STOP,
 )
@@ -29,50 +27,30 @@ from resume import (
 from rmsprop_jax import dialects, interop, rmsprop, scale_by_rms
 
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "resume"
 IDS = [case_name(*case) for case in CASES]
-
-
-def checkpoint_of(golden, name):
-    """The framework's own structure again, from the flat file."""
-    entries = {k.removeprefix("/checkpoint/"): golden[k] for k in golden if k.startswith("/checkpoint/")}
-    if name == "tensorflow":
-        return entries
-    if name == "keras":
-        return list(entries.items())
-    groups = json.loads(str(entries.pop("param_groups")))
-    state = {}
-    for path, value in entries.items():
-        _, key, slot = path.split("/")
-        state.setdefault(int(key), {})[slot] = value
-    return {"state": state, "param_groups": groups}
-
-
-def part(golden, name):
-    return {k: golden[f"/{name}/{k}"] for k in SHAPES}
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 def test_resumes_a_recorded_run(name, options):
-    golden, source = np.load(GOLDEN / f"{case_name(name, options)}.npz"), SOURCES[name]
-    state = source.read(checkpoint_of(golden, name))
+    run, source = recorded(name, options), SOURCES[name]
+    state = source.read(run.checkpoint)
     assert state.count == STOP
     assert (state.mu is None, state.trace is None) == ("centered" not in options, "momentum" not in options)
-    end, _ = resume.run_ours(dialect_of(source, name, options), state, part(golden, "middle"), STOP, END)
-    assert difference(end, part(golden, "end")) < limit(name, options)
+    end, _ = resume.run_ours(dialect_of(source, name, options), state, run.middle, STOP, END)
+    assert difference(end, run.end) < limit(name, options)
     # Without the state it is another run: the test can fail.
     afresh, _ = resume.run_ours(
         dialect_of(source, name, options),
         dialect_of(source, name, options).init(convert(ORIGIN))._replace(count=state.count),
-        part(golden, "middle"),
+        run.middle,
         STOP,
         END,
     )
-    assert difference(afresh, part(golden, "end")) > 1e-4
+    assert difference(afresh, run.end) > 1e-4
 
 
 def test_every_recorded_run_is_read():
-    assert {path.stem for path in GOLDEN.glob("*.npz")} == set(IDS)
+    assert {path.stem for path in RECORDED.glob("*.npz")} == set(IDS)
 
 
 OPTAX = [
@@ -132,8 +110,8 @@ def test_optax_state_without_or_with_two_second_moments():
 # --- What is wrong is listed -----------------------------------------------------------------------------
 
 
-def torch_checkpoint(case="torch,momentum=0.9,centered=True"):
-    return checkpoint_of(np.load(GOLDEN / f"{case}.npz"), "torch")
+def torch_checkpoint(**options):
+    return recorded("torch", options or {"momentum": 0.9, "centered": True}).checkpoint
 
 
 def read(checkpoint, names=NAMES, convert=convert, params=None):
@@ -170,7 +148,7 @@ def test_missing_slots():
 
 
 def test_a_state_without_the_momentum_that_the_dialect_needs():
-    state = read(torch_checkpoint("torch,centered=True"))
+    state = read(torch_checkpoint(centered=True))
     params = convert(ORIGIN)
     with pytest.raises(ValueError, match=r"state.trace is None: made with other options"):
         dialects.pytorch(0.1, centered=True, momentum=0.9).update(params, state)
@@ -196,7 +174,7 @@ def test_transposed_shapes():
 
 
 def test_timm_is_not_pytorch():
-    timm = checkpoint_of(np.load(GOLDEN / "timm,momentum=0.9.npz"), "timm")
+    timm = recorded("timm", {"momentum": 0.9}).checkpoint
     with pytest.raises(ValueError, match="not pytorch's, and momentum_buffer means another thing: from_timm"):
         read(timm)
     with pytest.raises(ValueError, match="not timm's, and momentum_buffer means another thing: from_pytorch"):
@@ -214,12 +192,12 @@ def test_complex_accumulators():
 
 
 def test_foreign_variables_are_named():
-    keras = checkpoint_of(np.load(GOLDEN / "keras,momentum=0.9.npz"), "keras")
+    keras = recorded("keras", {"momentum": 0.9}).checkpoint
     with pytest.raises(ValueError, match=r"not variables of Keras' RMSprop: \['adam/w_m'\]"):
         interop.from_keras([*keras, ("adam/w_m", np.ones(1))], convert)
     with pytest.raises(ValueError, match=r"lacks {'velocity': \['fc_bias'\]}"):
         interop.from_keras([v for v in keras if not v[0].endswith("fc_bias_velocity")], convert)
-    slots = checkpoint_of(np.load(GOLDEN / "tensorflow,momentum=0.9.npz"), "tensorflow")
+    slots = recorded("tensorflow", {"momentum": 0.9}).checkpoint
     with pytest.raises(ValueError, match=r"not slots of RMSProp: \['fc_bias', 'fc_bias/Adam'\]"):
         interop.from_tensorflow1({**slots, "fc_bias": np.ones(3), "fc_bias/Adam": np.ones(3)}, convert)
     with pytest.raises(ValueError, match=r"lacks {'RMSProp_1': \['fc_bias'\]}"):
