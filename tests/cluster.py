@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--devices", type=int, default=1, help="of each process")
     parser.add_argument("--port", type=int)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--state-dtype")
     parser.add_argument("--checkpoints", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)

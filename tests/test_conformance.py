@@ -257,10 +257,15 @@ def test_line_search(search):
         for f in (as_sgd, optax.sgd):
             tx = optax.chain(f(1.0), search())
             params, state = start, tx.init(start)
-            for _ in range(30):
+
+            @jax.jit
+            def step(params, state, tx=tx):
                 value, grads = jax.value_and_grad(loss)(params)
                 updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=loss)
-                params = optax.apply_updates(params, updates)
+                return optax.apply_updates(params, updates), state
+
+            for _ in range(30):
+                params, state = step(params, state)
             results.append(params)
     np.testing.assert_array_equal(*results)
     np.testing.assert_allclose(results[0], final, atol=1e-3)

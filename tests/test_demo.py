@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("users_climate")
 
 def test_the_command_learns(capsys, tmp_path):
     file = tmp_path / "curves.png"
-    demo.main(["--epochs", "25", "--plot", str(file)])
+    demo.main(["--epochs", "10", "--plot", str(file)])
     out = capsys.readouterr().out
     rows = dict(re.findall(r"│ (\S+) +│ +([\d.]+)%", out))
     assert list(rows) == ["SGD", "Adam", "optax.rmsprop", "rmsprop_jax"]

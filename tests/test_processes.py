@@ -13,7 +13,7 @@ import numpy as np
 
 
 PROGRAM = pathlib.Path(__file__).parent / "cluster.py"
-STEPS = 40
+STEPS = 30
 
 
 class Job:
@@ -77,7 +77,7 @@ def test_four_processes_train_as_one(tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     assert len(losses) == STEPS
     assert losses[0] > 2.2
-    assert np.mean(losses[-5:]) < 0.25
+    assert np.mean(losses[-5:]) < 0.4
 
 
 def test_a_killed_job_ends_as_if_nothing_had_happened(tmp_path):
