@@ -314,8 +314,10 @@ def test_a_grid_of_hyperparameters_is_one_program(compilations):
 # --- Frameworks ---------------------------------------------------------------------------------------
 
 
-def nnx_losses(optimizers, steps):
-    images, labels = full_batch()
+# Each gives what a step changes, and a step from one to the next and the loss.
+
+
+def with_nnx(optimizers, images, labels):
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(64, 32, rngs=rngs), nnx.relu, nnx.Dropout(0.0), nnx.Linear(32, 10, rngs=rngs))
     optimizer = run("Flax NNX", optimizers, model=model)
@@ -326,7 +328,7 @@ def nnx_losses(optimizers, steps):
         optimizer.update(model, gradient)
         return value
 
-    return [float(step(model, optimizer)) for _ in range(steps)]
+    return (model, optimizer), lambda both: (both, step(*both))
 
 
 class Linen(nn.Module):
@@ -335,69 +337,66 @@ class Linen(nn.Module):
         return nn.Dense(10)(nn.relu(nn.Dense(32)(x)))
 
 
-def linen_losses(optimizers, steps):
-    images, labels = full_batch()
+def with_linen(optimizers, images, labels):
     model = Linen()
     params = model.init(jax.random.key(0), images)["params"]
     state = run("Flax Linen", optimizers, model=model, params=params)
 
     @jax.jit
     def step(state):
-        loss = lambda params: cross_entropy(state.apply_fn({"params": params}, images), labels)  # noqa: E731
+        def loss(params):
+            return cross_entropy(state.apply_fn({"params": params}, images), labels)
+
         value, gradient = jax.value_and_grad(loss)(state.params)
         return state.apply_gradients(grads=gradient), value
 
-    losses = []
-    for _ in range(steps):
-        state, value = step(state)
-        losses.append(float(value))
-    return losses
+    return state, step
 
 
-def equinox_losses(optimizers, steps):
-    images, labels = full_batch()
+def with_equinox(optimizers, images, labels):
     # Its activation functions are leaves that are not arrays: None after the filter, in all trees.
     model = eqx.nn.MLP(64, 10, 32, depth=1, key=jax.random.key(0))
     tx = optimizers["rmsprop"](3e-3)
     state = run("Equinox", optimizers, model=model, tx=tx)
 
     @eqx.filter_jit
-    def step(model, state):
-        loss = lambda model: cross_entropy(jax.vmap(model)(images), labels)  # noqa: E731
-        value, gradient = eqx.filter_value_and_grad(loss)(model)
+    def step(carry):
+        model, state = carry
+        value, gradient = eqx.filter_value_and_grad(lambda m: cross_entropy(jax.vmap(m)(images), labels))(model)
         updates, state = tx.update(gradient, state, eqx.filter(model, eqx.is_inexact_array))
-        return eqx.apply_updates(model, updates), state, value
+        return (eqx.apply_updates(model, updates), state), value
 
-    losses = []
-    for _ in range(steps):
-        model, state, value = step(model, state)
-        losses.append(float(value))
-    return losses
+    return (model, state), step
 
 
-def haiku_losses(optimizers, steps):
-    images, labels = full_batch()
+def with_haiku(optimizers, images, labels):
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([32, 10])(x)))
     params = net.init(jax.random.key(0), images)
     tx = optimizers["rmsprop"](3e-3)
-    state = run("Haiku", optimizers, net=net, params=params, tx=tx)
+    state = run("Haiku", optimizers, params=params, tx=tx)
 
     @jax.jit
-    def step(params, state):
+    def step(carry):
+        params, state = carry
         value, gradient = jax.value_and_grad(lambda p: cross_entropy(net.apply(p, images), labels))(params)
         updates, state = tx.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return (optax.apply_updates(params, updates), state), value
 
-    losses = []
+    return (params, state), step
+
+
+def losses(framework, optimizers, steps):
+    carry, step = framework(optimizers, *full_batch())
+    values = []
     for _ in range(steps):
-        params, state, value = step(params, state)
-        losses.append(float(value))
-    return losses
+        carry, value = step(carry)
+        values.append(float(value))
+    return values
 
 
-@pytest.mark.parametrize("losses", [nnx_losses, linen_losses, equinox_losses, haiku_losses])
-def test_trains_in_a_framework(losses):
-    ours, theirs = losses(OURS, 200), losses(OPTAX, 10)
+@pytest.mark.parametrize("framework", [with_nnx, with_linen, with_equinox, with_haiku])
+def test_trains_in_a_framework(framework):
+    ours, theirs = losses(framework, OURS, 200), losses(framework, OPTAX, 10)
     assert ours[0] > 2.2
     assert ours[-1] < 0.1
     # The same losses at first; then a rounding has grown.
