@@ -66,10 +66,11 @@ def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
     array = jnp.full_like(param, value, dtype)
     if isinstance(param, Tracer):
         # Under jit on an Auto mesh nothing ties a constant to its parameter: XLA would
-        # replicate it, or leave it on one device. So it is made to depend on it, by a condition
-        # that never holds, which XLA does not know when it hands shardings on. (Calls of
-        # jax.experimental.shard_alike with arrays of one shape are lowered once, for one sharding.)
-        array = jnp.where((param != param) & (param == param), jnp.ones_like(array), array)
+        # replicate it, or leave it on one device. So zero is added that depends on it: XLA, when
+        # it hands shardings on, does not know that it is zero. (jax.experimental.shard_alike does
+        # not do: its calls for arrays of one shape are lowered once, for one sharding.)
+        never = jax.lax.bitwise_and(jax.lax.ne(param, param), jax.lax.eq(param, param))
+        array = jax.lax.add(array, jax.lax.convert_element_type(never, dtype))
     return array
 
 

@@ -13,7 +13,7 @@ from rmsprop_jax import rmsprop
 
 
 EVERYTHING = {"centered": True, "momentum": 0.9, "nesterov": True, "bias_correction": True, "initial_scale": 1.0}
-OPTIONS = [{}, EVERYTHING, {"state_dtype": jnp.uint8}, EVERYTHING | {"state_dtype": jnp.bfloat16}]
+OPTIONS = [{}, EVERYTHING, {"state_dtype": jnp.uint8, "initial_scale": 1.0}, EVERYTHING | {"state_dtype": jnp.bfloat16}]
 COLLECTIVES = r"all-\w+|collective-\w+|reduce-scatter|partition-id"
 SPECS = {"w": P("x", None), "v": P(None, "y"), "b": P(("x", "y")), "r": P(), "c": P("y"), "s": P()}
 # b, c and s are of one shape, and yet each has a sharding of its own.
