@@ -21,6 +21,8 @@ import meshes
 
 pytestmark = pytest.mark.usefixtures("users_climate")
 
+# eps above what rounding makes of a gradient that cancels: without it a last bit decides where such an element steps.
+EPS = 1e-5
 OPTIONS = {"plain": {}, "all slots": {"centered": True, "momentum": 0.9}, "uint8": {"state_dtype": jnp.uint8}}
 STATE_BYTES = {"plain": 4, "all slots": 12, "uint8": 1}
 # Of the 64*512 + 512 + 512*512 + 512 + 512*10 + 10 parameters, those whose state is on one device (10 are not split).
@@ -36,7 +38,7 @@ ON_A_DEVICE = {
 @pytest.mark.parametrize("layout", meshes.LAYOUTS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_bytes_of_the_state_and_what_the_update_sends(name, layout, axis_type):
-    tx = rmsprop(1e-3, **OPTIONS[name])
+    tx = rmsprop(1e-3, eps=EPS, **OPTIONS[name])
     params, state, update = meshes.place(tx, meshes.make_mesh(axis_type), layout)
     assert meshes.bytes_per_device(state) == ON_A_DEVICE[layout] * STATE_BYTES[name] + 4  # and count
     # ZeRO-1 gathers each new parameter once, but for the ten that every device has.
@@ -50,7 +52,7 @@ def test_bytes_of_the_state_and_what_the_update_sends(name, layout, axis_type):
 def losses(name, layout, axis_type=AxisType.Auto, shape=(4, 2)):
     """The loss before each of thirty full-batch steps."""
     mesh, auto = meshes.make_mesh(axis_type, shape), meshes.make_mesh(shape=shape)
-    params, state, update = meshes.place(rmsprop(1e-3, **OPTIONS[name]), mesh, layout)
+    params, state, update = meshes.place(rmsprop(1e-3, eps=EPS, **OPTIONS[name]), mesh, layout)
     specs = meshes.LAYOUTS[layout][0]
     batch = P("data" if layout == "tensor parallel" else meshes.BOTH)
     digits = jax.device_put(meshes.data(), NamedSharding(auto, batch))
@@ -70,11 +72,11 @@ def assert_one_devices(values, name):
     alone = losses(name, "data parallel", shape=(1, 1))
     # Sums over the batch are formed in another order. What that changes in a gradient's last bits grows, and
     # in uint8 it changes the bits of the rounding at once.
-    at_first, later = (5e-3, 0.3) if name == "uint8" else (2e-4, 0.02)
+    at_first, later = (5e-3, 0.2) if name == "uint8" else (1e-5, 2e-3)
     np.testing.assert_allclose(values[:8], alone[:8], rtol=at_first)
     np.testing.assert_allclose(values, alone, rtol=later)
     assert values[0] > 2.3
-    assert values[-1] < 0.25
+    assert values[-1] < 0.45
 
 
 # What Explicit axes change is types, and those do not depend on the options.
@@ -90,7 +92,7 @@ def test_trains_as_on_one_device(name, layout, axis_type):
 @pytest.mark.parametrize("layout", ["data parallel", "FSDP"])
 def test_trains_under_shard_map(layout, name):
     mesh = meshes.make_mesh()
-    tx = rmsprop(1e-3, **OPTIONS[name])
+    tx = rmsprop(1e-3, eps=EPS, **OPTIONS[name])
     specs = meshes.LAYOUTS[layout][0]
     state_specs = optax.tree.map_params(
         tx, lambda _, spec: spec, jax.eval_shape(tx.init, meshes.start()), specs, transform_non_params=lambda _: P()
