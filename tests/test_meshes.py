@@ -94,10 +94,7 @@ def test_trains_under_shard_map(layout, name):
     mesh = meshes.make_mesh()
     tx = rmsprop(1e-3, eps=EPS, **OPTIONS[name])
     specs = meshes.LAYOUTS[layout][0]
-    state_specs = optax.tree.map_params(
-        tx, lambda _, spec: spec, jax.eval_shape(tx.init, meshes.start()), specs, transform_non_params=lambda _: P()
-    )
-    axes = ("data", "model")
+    state_specs, axes = meshes.state_specs(tx, specs), meshes.BOTH
 
     def whole(params):
         return jax.tree.map(lambda x, spec: jax.lax.all_gather(x, axes, tiled=True) if spec else x, params, specs)

@@ -73,25 +73,22 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def state_shardings(tx: optax.GradientTransformation, mesh: Mesh, specs: Any) -> Any:
-    """Every tree of the state as `specs`, every count on all devices."""
+def state_specs(tx: optax.GradientTransformation, specs: Any) -> Any:
+    """The state with `specs` for each of its trees, and every count on all devices."""
     state = jax.eval_shape(tx.init, start())
-    return optax.tree.map_params(
-        tx, lambda _, spec: spec, state, shardings(mesh, specs),
-        transform_non_params=lambda _: NamedSharding(mesh, P()),
-    )  # fmt: skip
+    return optax.tree.map_params(tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P())
 
 
 def place(tx: optax.GradientTransformation, mesh: Mesh, layout: str) -> tuple[Any, Any, Any]:
     """Parameters, state and the compiled `update(grads, state, params) -> (params, state)` of a layout."""
-    params_specs, state_specs = LAYOUTS[layout]
+    params_specs, moments_specs = LAYOUTS[layout]
     params = jax.device_put(start(), shardings(mesh, params_specs))
-    if layout == "ZeRO-1":
-        wanted = state_shardings(tx, mesh, state_specs)
+    if moments_specs is params_specs:  # the state follows by itself
+        state, out_shardings = jax.jit(tx.init)(params), None
+    else:
+        wanted = shardings(mesh, state_specs(tx, moments_specs))
         state = jax.jit(tx.init, out_shardings=wanted)(params)
         out_shardings = (shardings(mesh, params_specs), wanted)
-    else:  # the state follows by itself
-        state, out_shardings = jax.jit(tx.init)(params), None
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
