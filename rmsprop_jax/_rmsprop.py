@@ -103,15 +103,16 @@ class _Rule:
         # itself, makes XLA's CPU backend three times slower.
         u = u + (grad - grad)
 
-        step = lr * u if self.lr_in_momentum else u
-        if momentum is not None:
-            trace = keep("trace", momentum * trace + step)
-            step = momentum * trace + step if self.nesterov else trace
-        if not self.lr_in_momentum:
-            step = lr * step
+        if momentum is None:
+            step = -lr * u
+        else:
+            force = lr * u if self.lr_in_momentum else u
+            trace = keep("trace", momentum * trace + force)
+            b = momentum * trace + force if self.nesterov else trace
+            step = -b if self.lr_in_momentum else -lr * b
         if weight_decay is not None and self.decoupled:
-            step = step + lr * weight_decay * param
-        return -step
+            step = step - lr * weight_decay * param
+        return step
 
 
 def _clipped(g: jax.Array, limit: np.floating) -> jax.Array:

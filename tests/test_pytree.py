@@ -1,5 +1,7 @@
 """The lift: trees, leaves, dtypes, compilation, donation. What holds for one option holds for all: few options here."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -294,11 +296,21 @@ def test_inject_hyperparams_outside_jit_does_not_recompile(compilations):
 
 def test_it_inlines_under_the_users_jit():
     tx = rmsprop(0.1)
-    state = tx.init(W)
-    jaxpr = str(jax.make_jaxpr(lambda g, s: tx.update(g, s))(W, state))
-    assert "sqrt" in jaxpr
+    params = {"a": W, "b": W + 1, "c": jnp.ones(5)}
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    args = params, tx.init(params), params
+    jaxpr = str(jax.make_jaxpr(step)(*args))
     assert "_update" not in jaxpr
-    assert "_apply" not in jaxpr
+    assert jaxpr.count("name=_apply") == len(params)  # one function for each shape, which XLA inlines:
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile().as_text()
+    entry = compiled[compiled.index("ENTRY") :]
+    assert " call(" not in compiled
+    # ν and the parameter of each leaf, and the count: nothing between update and apply_updates.
+    assert len(re.findall(r" fusion\(", entry)) == 2 * len(params) + 1
 
 
 NARROW = {"state_dtype": jnp.uint8}
