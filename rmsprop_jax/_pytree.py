@@ -5,7 +5,7 @@ Nothing here knows what the rule computes.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,20 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _storage
 
 
-# rule(hyper, count, grad, param or None, keep, largest, **slots) -> update, for one array and all
-# in one precision. keep(name, value) puts a slot's new value into the state and returns what the
-# state then holds, which may be rounded; `largest` is the largest value that every slot can hold.
-# Hashed by value: equal rules share one compiled update.
-Rule = Callable[..., jax.Array]
+class Rule(Protocol):
+    """The update of one array. Hashed by value: equal rules share one compiled update."""
+
+    def scalars(self, hyper: Any, count: jax.Array) -> Any:
+        """What is the same for all leaves of a precision, from `lift`'s numbers and the number of this update."""
+        ...
+
+    def __call__(self, *args: Any, **slots: Any) -> jax.Array:
+        """rule(scalars, grad, param or None, keep, largest, **slots) -> update, all in one precision.
+
+        keep(name, value) puts a slot's new value into the state and returns what the state then holds, which
+        may be rounded; `largest` is the largest value that every slot can hold.
+        """
+        ...
 
 
 class Slot(NamedTuple):
@@ -92,7 +101,9 @@ def _update(
     rule: Rule, hyper: Any, updates: optax.Updates, state: Any, params: optax.Params | None
 ) -> tuple[optax.Updates, Any]:
     count = jnp.asarray(optax.safe_increment(state.count))
-    hyper_in = functools.cache(lambda dtype: jax.tree.map(lambda x: jnp.asarray(x, dtype), hyper))
+    scalars_in = functools.cache(
+        lambda dtype: rule.scalars(jax.tree.map(lambda x: jnp.asarray(x, dtype), hyper), count)
+    )
     trees = {name: tree for name, tree in state._asdict().items() if name != "count" and tree is not None}
     seeds = {name: _storage.seeds(count, i) for i, name in enumerate(trees)}
 
@@ -104,7 +115,7 @@ def _update(
     new_columns: dict[str, list[jax.Array]] = {name: [] for name in trees}
     for i, (path, grad) in enumerate(leaves):
         kept = {name: column[i] for name, column in columns.items()}
-        step, new = _update_leaf(rule, hyper_in, count, seeds, path, grad, params_column[i], kept)
+        step, new = _update_leaf(rule, scalars_in, seeds, path, grad, params_column[i], kept)
         steps.append(step)
         for name in trees:
             new_columns[name].append(new[name])
@@ -114,8 +125,7 @@ def _update(
 
 def _update_leaf(
     rule: Rule,
-    hyper_in: Callable[[Any], Any],
-    count: jax.Array,
+    scalars_in: Callable[[Any], Any],
     seeds: Mapping[str, Any],
     path: Any,
     grad: Any,
@@ -130,7 +140,7 @@ def _update_leaf(
             )
     # In the gradient's precision or the state's, whichever is higher.
     wide = np.result_type(*(_storage.compute_dtype(dtype) for dtype in (grad_dtype, *(x.dtype for x in kept.values()))))
-    step, new = _apply(rule, wide, hyper_in(_storage.real_dtype(wide)), count, seeds, grad, param, kept)
+    step, new = _apply(rule, wide, scalars_in(_storage.real_dtype(wide)), seeds, grad, param, kept)
     if step.dtype != grad_dtype or any(new[name].dtype != x.dtype for name, x in kept.items()):
         raise TypeError(f"gradient{keystr(path)} is {grad_dtype}: it must be complex just where its parameter is")
     return step, new
@@ -142,8 +152,7 @@ def _update_leaf(
 def _apply(
     rule: Rule,
     wide: np.dtype,
-    hyper: Any,
-    count: jax.Array,
+    scalars: Any,
     seeds: Mapping[str, Any],
     grad: Any,
     param: Any,
@@ -162,7 +171,7 @@ def _apply(
 
     largest = min(_storage.largest(x.dtype) for x in kept.values())
     with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
-        step = rule(hyper, count, grad_wide, param_wide, keep, largest, **slots)
+        step = rule(scalars, grad_wide, param_wide, keep, largest, **slots)
     dtype = jnp.result_type(grad)
     return step.astype(dtype) if _holds(dtype, step) else step, new
 

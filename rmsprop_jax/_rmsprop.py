@@ -40,6 +40,21 @@ class _Numbers(NamedTuple):
     weight_decay: Any | None
 
 
+class _Scalars(NamedTuple):
+    """The numbers as the arrays meet them, computed once for all leaves: every operation takes time to compile."""
+
+    learning_rate: jax.Array
+    descent: jax.Array  # -α
+    decay: jax.Array
+    rest: jax.Array
+    ratio: jax.Array  # (1-ρ)/ρ
+    power: jax.Array  # ρᵗ
+    debias: jax.Array  # 1 - ρᵗ
+    eps: jax.Array  # not 0 in the root
+    momentum: jax.Array | None
+    weight_decay: jax.Array | None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rule:
     """The update of one array. The fields are structure: another value is another program."""
@@ -57,10 +72,26 @@ class _Rule:
             if not isinstance(value, (bool, np.bool_)):
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}: allowed are True and False")
 
+    def scalars(self, hyper: _Numbers, count: jax.Array) -> _Scalars:
+        lr, decay, rest, eps, momentum, weight_decay = hyper
+        tiny = jnp.finfo(decay.dtype).tiny
+        power = decay ** count.astype(decay.dtype)
+        return _Scalars(
+            learning_rate=lr,
+            descent=-lr,
+            decay=decay,
+            rest=rest,
+            ratio=jnp.where(decay > 0, rest / jnp.maximum(decay, tiny), 0),
+            power=power,
+            debias=jnp.maximum(1 - power, tiny),
+            eps=jnp.maximum(eps, tiny) if self.eps_in_sqrt else eps,
+            momentum=momentum,
+            weight_decay=weight_decay,
+        )
+
     def __call__(
         self,
-        hyper: _Numbers,
-        count: jax.Array,
+        scalars: _Scalars,
         grad: jax.Array,
         param: Any,
         keep: Callable[[str, jax.Array], jax.Array],
@@ -69,8 +100,7 @@ class _Rule:
         mu: Any = None,
         trace: Any = None,
     ) -> jax.Array:
-        lr, decay, rest, eps, momentum, weight_decay = hyper
-        tiny = jnp.finfo(nu.dtype).tiny
+        lr, descent, decay, rest, ratio, power, debias, eps, momentum, weight_decay = scalars
 
         if weight_decay is not None and not self.decoupled:
             grad = grad + weight_decay * param
@@ -84,34 +114,32 @@ class _Rule:
             # With the new mean: g - μ' = ρ(g - μ), so that this is ρ(ν + (1-ρ)|g - μ|²). With
             # the old one XLA's CPU backend copies the donated buffers, at 2.5 times the time.
             mu = keep("mu", mu + rest * (g - mu))
-            nu = decay * nu + jnp.where(decay > 0, rest / jnp.maximum(decay, tiny), 0) * _abs_sq(g - mu)
+            nu = keep("nu", decay * nu + ratio * _abs_sq(g - mu))
         else:
-            nu = decay * nu + rest * _abs_sq(g)
-        nu = keep("nu", nu)
+            nu = keep("nu", decay * nu + rest * _abs_sq(g))
 
         nu_hat = nu
         if self.bias_correction:
-            power = decay ** count.astype(nu.dtype)
             second_moment = nu + power * _abs_sq(mu) if self.centered else nu
-            nu_hat = second_moment / jnp.maximum(1 - power, tiny)
+            nu_hat = second_moment / debias
 
-        # `tiny` turns 0/0 into 0 at eps=0, and keeps the root's derivative finite at a
+        # What is smallest turns 0/0 into 0 at eps=0, and keeps the root's derivative finite at a
         # gradient of zero. Added, it costs nothing, and lets NaN through.
-        root = jnp.sqrt(nu_hat + jnp.maximum(eps, tiny)) if self.eps_in_sqrt else jnp.sqrt(nu_hat + tiny) + eps
+        root = jnp.sqrt(nu_hat + eps) if self.eps_in_sqrt else jnp.sqrt(nu_hat + jnp.finfo(nu.dtype).tiny) + eps
         u = g / root
         # Zero, but NaN for the inf that clipping hid. A `where` here, or doing it to g
         # itself, makes XLA's CPU backend three times slower.
         u = u + (grad - grad)
 
         if momentum is None:
-            step = -lr * u
+            step = descent * u
         else:
             force = lr * u if self.lr_in_momentum else u
             trace = keep("trace", momentum * trace + force)
             b = momentum * trace + force if self.nesterov else trace
-            step = -b if self.lr_in_momentum else -lr * b
+            step = -b if self.lr_in_momentum else descent * b
         if weight_decay is not None and self.decoupled:
-            step = step - lr * weight_decay * param
+            step = step + descent * weight_decay * param
         return step
 
 
