@@ -81,7 +81,8 @@ class _Rule:
             descent=-lr,
             decay=decay,
             rest=rest,
-            ratio=jnp.where(decay > 0, rest / jnp.maximum(decay, tiny), 0),
+            # Twice, because the derivative of what is not selected must be finite, too.
+            ratio=jnp.where(decay > tiny, rest / jnp.where(decay > tiny, decay, 1), 0),
             power=power,
             debias=jnp.maximum(1 - power, tiny),
             eps=jnp.maximum(eps, tiny) if self.eps_in_sqrt else eps,

@@ -347,6 +347,31 @@ def test_e_derivative_with_respect_to_the_learning_rate():
         np.testing.assert_allclose(jax.grad(loss)(0.01), (loss(0.01 + h) - loss(0.01 - h)) / (2 * h), rtol=1e-5)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("flags", [{}, {"centered": True}, {"bias_correction": True}, {"eps_in_sqrt": False}])
+def test_e_derivatives_with_respect_to_every_number(flags, decay):
+    def loss(numbers):
+        rate, decay, eps, momentum, initial_scale = numbers
+        tx = rmsprop(rate, decay, eps, initial_scale, momentum=momentum, **flags)
+        params = jnp.array([1.0, -3.0])
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(2 * params, state, params)
+            params = params + updates
+        return jnp.sum(params**2)
+
+    with jax.enable_x64(True):
+        numbers, h = jnp.array([0.01, decay, 0.1, 0.5, 0.2]), 1e-6
+        # One-sided at decay 0, of second order: below it there is no average.
+        ahead, twice = (jax.vmap(lambda e, k=k: loss(numbers + k * h * e))(jnp.eye(5)) for k in (1, 2))
+        expected = (4 * ahead - twice - 3 * loss(numbers)) / (2 * h)
+        for derivative in (jax.grad(loss)(numbers), jax.jacfwd(loss)(numbers)):
+            assert finite(derivative)
+            # At decay 0 the variance is 0 by a `where`, which hides how it would grow.
+            known = jnp.array([True, not flags.get("centered") or decay > 0, True, True, True])
+            np.testing.assert_allclose(derivative[known], expected[known], rtol=1e-5, atol=1e-7)
+
+
 BAD = {
     "decay above 1": ({"decay": 1.5}, ValueError, "decay=1.5"),
     "decay below 0": ({"decay": -0.5}, ValueError, "decay=-0.5"),

@@ -3,7 +3,8 @@
 An update is `tx.update` and `optax.apply_updates` in one compiled step with parameters and state donated; for PyTorch
 `optimizer.step()`, for Keras `stateless_apply` on the JAX backend. Candidates take turns, round by round, in an order
 that changes; a ratio is the median over the rounds of a candidate's time divided by Optax's in that round, followed by
-the quartiles. The floor is the measured time of a program that reads four arrays and writes one: 20 bytes a parameter,
+the quartiles. Tracing (with lowering) and compiling take turns, too, each time with JAX's caches cleared; a first call
+takes both. The floor is the measured time of a program that reads four arrays and writes one: 20 bytes a parameter,
 what RMSProp in float32 must move. Needs jax and optax; takes torch, keras and bitsandbytes along where they are.
 
 Prints Markdown; `--json FILE` keeps every number. `--growth` adds how cost grows, `--layouts`, `--seconds` bound the
@@ -74,6 +75,9 @@ LAYOUTS: dict[str, Callable[[], Shapes]] = {
     "ResNet-50": resnet50,
     "GPT-2 small": gpt2,
 }
+# Where tracing and compiling are raced, too.
+PREPARED = ("1000 x 1k", "ResNet-50")
+SECONDS = ("trace seconds", "compile seconds")
 
 
 # --- Who updates it -----------------------------------------------------------------------------------
@@ -88,6 +92,7 @@ class Candidate(NamedTuple):
     temporary_bytes: int | None = None  # beyond parameters, gradients and state
     trace_seconds: float | None = None  # Python and lowering
     compile_seconds: float | None = None
+    prepare: Callable[[], tuple[float, float, Any]] | None = None  # traces and compiles anew: both times, the program
 
 
 def of_jax(tx: optax.GradientTransformation, shapes: Shapes, grads: list[jax.Array]) -> Candidate:
@@ -115,22 +120,26 @@ def of_keras(shapes: Shapes, grads: list[jax.Array]) -> Candidate:
 
 
 def compiled(update: Callable[..., Any], params: Any, state: Any, grads: Any, state_bytes: int) -> Candidate:
-    """Compiled with parameters and state donated; three times, for the times of that, unless it takes long."""
-    traces, compiles = [], []
-    while len(traces) < 3 and sum(compiles) < 5:
-        function = jax.jit(lambda *arguments: update(*arguments), donate_argnums=(0, 1))  # a new one is traced anew
+    """Compiled with parameters and state donated."""
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, state, grads))
+
+    def prepare():
+        jax.clear_caches()  # as in a new process
+        function = jax.jit(lambda *arguments: update(*arguments), donate_argnums=(0, 1))
         start = time.perf_counter()
-        lowered = function.lower(params, state, grads)
-        traces.append(time.perf_counter() - start)
+        lowered = function.lower(*arguments)
+        middle = time.perf_counter()
         program = lowered.compile()
-        compiles.append(time.perf_counter() - start - traces[-1])
+        return middle - start, time.perf_counter() - middle, program
+
+    trace, compile_, program = prepare()
     held = [params, state]
 
     def step():
         held[:] = program(*held, grads)
 
     temporary = program.memory_analysis().temp_size_in_bytes
-    return Candidate(step, lambda: jax.block_until_ready(held), state_bytes, temporary, min(traces), min(compiles))
+    return Candidate(step, lambda: jax.block_until_ready(held), state_bytes, temporary, trace, compile_, prepare)
 
 
 def of_torch(how: str, shapes: Shapes) -> Candidate:
@@ -225,6 +234,19 @@ def race(candidates: dict[Any, Candidate], seconds: float, tick: Callable[[], No
     return {name: np.array(series) for name, series in times.items()}
 
 
+def preparations(candidates: dict[str, Candidate], rounds: int, tick: Callable[[], None]) -> dict[str, np.ndarray]:
+    """Seconds to trace and to compile, by round, of those that JAX compiles."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name, c in candidates.items() if c.prepare}
+    names = list(times)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            prepare = candidates[name].prepare
+            assert prepare is not None
+            times[name].append(prepare()[:2])
+            tick()
+    return {name: np.array(series) for name, series in times.items()}
+
+
 def updates(layout: str, seconds: float, tick: Callable[[], None]) -> list[dict[str, Any]]:
     """One layout: a row per candidate."""
     shapes = LAYOUTS[layout]()
@@ -236,30 +258,38 @@ def updates(layout: str, seconds: float, tick: Callable[[], None]) -> list[dict[
         except Exception as error:
             print(f"{layout}: {name} does not run here: {type(error).__name__}: {str(error).splitlines()[0]}")
     times = race(candidates, seconds, tick)
+    prepared = preparations(candidates, 5, tick) if layout in PREPARED else {}
     rows = []
     for name, candidate in candidates.items():
-        variant = name.partition(", ")[2] or "plain"
-        reference = times[f"optax, {variant}"]
-        low, ratio, high = np.quantile(times[name] / reference, (0.25, 0.5, 0.75))
-        optax_one = candidates[f"optax, {variant}"]
+        reference = f"optax, {name.partition(', ')[2] or 'plain'}"
         rows.append(
             {
                 "layout": layout,
                 "parameters": size,
                 "candidate": name,
                 "milliseconds": 1e3 * float(np.median(times[name])),
-                "ratio": float(ratio),
-                "quartiles": [float(low), float(high)],
+                **spread("ratio", "quartiles", times[name] / times[reference]),
                 "state bytes per parameter": candidate.state_bytes / size,
                 "temporary bytes per parameter": per(candidate.temporary_bytes, size),
+                "rounds": len(times[name]),
                 "trace seconds": candidate.trace_seconds,
                 "compile seconds": candidate.compile_seconds,
-                "trace ratio": per(candidate.trace_seconds, optax_one.trace_seconds),
-                "compile ratio": per(candidate.compile_seconds, optax_one.compile_seconds),
-                "rounds": len(times[name]),
             }
         )
+        if name in prepared:
+            both = prepared[name] / prepared[reference]
+            rows[-1] |= {key: float(np.median(x)) for key, x in zip(SECONDS, prepared[name].T, strict=True)}
+            rows[-1] |= spread("trace ratio", "trace quartiles", both[:, 0])
+            rows[-1] |= spread("compile ratio", "compile quartiles", both[:, 1])
+            rows[-1] |= spread(
+                "first call ratio", "first call quartiles", prepared[name].sum(1) / prepared[reference].sum(1)
+            )
     return rows
+
+
+def spread(name: str, quartiles: str, series: np.ndarray) -> dict[str, Any]:
+    low, median, high = (float(x) for x in np.quantile(series, (0.25, 0.5, 0.75)))
+    return {name: median, quartiles: [low, high]}
 
 
 def per(x: float | None, y: float | None) -> float | None:
@@ -352,8 +382,7 @@ def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (per_leaf, per_parameter), *_ = np.linalg.lstsq(design, np.ones(len(ms)), rcond=None)
         many = [r for r in mine if r["leaves"] >= 100]
         slope = {
-            k: np.polyfit(np.log([r["leaves"] for r in many]), np.log([r[k] for r in many]), 1)[0]
-            for k in ("trace seconds", "compile seconds")
+            k: np.polyfit(np.log([r["leaves"] for r in many]), np.log([r[k] for r in many]), 1)[0] for k in SECONDS
         }
         state = 1 if "uint8" in name else 4
         result.append(
@@ -414,14 +443,20 @@ def time_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cost_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """State, temporary memory, trace and compile time; torch.compile's is that of its first call."""
-    keys = ("state bytes per parameter", "temporary bytes per parameter", "trace seconds", "trace ratio")
-    keys += ("compile seconds", "compile ratio")
-    return [
-        {"update": row["candidate"], "layout": row["layout"], **{key: row[key] for key in keys}}
-        for row in rows
-        if row["compile seconds"] and row["layout"] in ("1000 x 1k", "ResNet-50")
-    ]
+    """State, temporary memory, tracing and compiling, and both; torch.compile's is that of its first call."""
+    table = []
+    for row in rows:
+        if row["compile seconds"] is None or row["layout"] not in PREPARED:
+            continue
+        keys = ("state bytes per parameter", "temporary bytes per parameter")
+        line = {"update": row["candidate"], "layout": row["layout"], **{key: row[key] for key in keys}}
+        for what in ("trace", "compile", "first call"):
+            seconds, ratio = row.get(f"{what} seconds"), row.get(f"{what} ratio")
+            text = [] if seconds is None else [f"{seconds:.3g} s"]
+            text += [] if ratio is None else ["{:.2f} ({:.2f}-{:.2f})".format(ratio, *row[f"{what} quartiles"])]
+            line[what] = ", ".join(text)
+        table.append(line)
+    return table
 
 
 def main() -> None:
