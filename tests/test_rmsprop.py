@@ -332,21 +332,6 @@ def test_e_derivatives_through_updates(options, eps, dtype):
     assert derivatives[0] != 0
 
 
-def test_e_derivative_with_respect_to_the_learning_rate():
-    def loss(rate):
-        tx = rmsprop(rate, momentum=0.9)
-        params = jnp.array([1.0, -3.0])
-        state = tx.init(params)
-        for _ in range(5):
-            updates, state = tx.update(2 * params, state, params)
-            params = params + updates
-        return jnp.sum(params**2)
-
-    with jax.enable_x64(True):
-        h = 1e-6
-        np.testing.assert_allclose(jax.grad(loss)(0.01), (loss(0.01 + h) - loss(0.01 - h)) / (2 * h), rtol=1e-5)
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 @pytest.mark.parametrize("flags", [{}, {"centered": True}, {"bias_correction": True}, {"eps_in_sqrt": False}])
 def test_e_derivatives_with_respect_to_every_number(flags, decay):
