@@ -147,7 +147,7 @@ def _update_leaf(
 
 
 # One array, once for all leaves of a shape: traced once, and lowered to one function with a call
-# for each leaf. XLA inlines the calls before anything else, so that the update fuses as before.
+# for each leaf. XLA inlines the calls before it simplifies and fuses: the program is the same.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(
     rule: Rule,

@@ -50,7 +50,7 @@ class _Scalars(NamedTuple):
     ratio: jax.Array  # (1-ρ)/ρ
     power: jax.Array  # ρᵗ
     debias: jax.Array  # 1 - ρᵗ
-    eps: jax.Array  # not 0 in the root
+    eps: jax.Array  # in the root at least the smallest normal number
     momentum: jax.Array | None
     weight_decay: jax.Array | None
 
@@ -124,8 +124,8 @@ class _Rule:
             second_moment = nu + power * _abs_sq(mu) if self.centered else nu
             nu_hat = second_moment / debias
 
-        # What is smallest turns 0/0 into 0 at eps=0, and keeps the root's derivative finite at a
-        # gradient of zero. Added, it costs nothing, and lets NaN through.
+        # `tiny`, in `scalars` part of eps, turns 0/0 into 0 at eps=0, and keeps the root's derivative
+        # finite at a gradient of zero. Added, it costs nothing, and lets NaN through.
         root = jnp.sqrt(nu_hat + eps) if self.eps_in_sqrt else jnp.sqrt(nu_hat + jnp.finfo(nu.dtype).tiny) + eps
         u = g / root
         # Zero, but NaN for the inf that clipping hid. A `where` here, or doing it to g

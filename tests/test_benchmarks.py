@@ -41,6 +41,7 @@ def test_the_readme_quotes_what_was_printed():
 
 def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "LAYOUTS", {"16M": lambda: [(64,)], "160 x 100k": lambda: [(8,)] * 3})
+    monkeypatch.setattr(speed, "PREPARED", ("160 x 100k",))
     monkeypatch.setattr(speed, "is_here", lambda name: name in ("jax", "optax"))
     monkeypatch.setattr(speed, "sweep", functools.partial(speed.sweep, count=3, steps=2))
     monkeypatch.setattr(sys, "argv", ["speed.py", "--seconds", "0.1", "--json", str(tmp_path / "out.json")])
@@ -57,8 +58,15 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
             assert row["milliseconds"] > 0
             assert row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
     assert all(rows[layout, "optax, plain"]["ratio"] == 1 for layout in speed.LAYOUTS)
+    prepared = rows["160 x 100k", "ours float32, plain"]
+    for what in ("trace", "compile", "first call"):
+        assert rows["160 x 100k", "optax, plain"][f"{what} ratio"] == 1
+        assert prepared[f"{what} quartiles"][0] <= prepared[f"{what} ratio"] <= prepared[f"{what} quartiles"][1]
+        assert f"{what} ratio" not in rows["16M", "ours float32, plain"]
+    assert min(prepared["trace seconds"], prepared["compile seconds"]) > 0
     printed = capsys.readouterr().out
     assert "| ours uint8, plain |" in printed
+    assert "| ours float32, plain | 160 x 100k | 4.17 | 0 |" in printed
     assert f"jax {jax.__version__}" in printed
 
 

@@ -277,13 +277,10 @@ def updates(layout: str, seconds: float, tick: Callable[[], None]) -> list[dict[
             }
         )
         if name in prepared:
-            both = prepared[name] / prepared[reference]
             rows[-1] |= {key: float(np.median(x)) for key, x in zip(SECONDS, prepared[name].T, strict=True)}
-            rows[-1] |= spread("trace ratio", "trace quartiles", both[:, 0])
-            rows[-1] |= spread("compile ratio", "compile quartiles", both[:, 1])
-            rows[-1] |= spread(
-                "first call ratio", "first call quartiles", prepared[name].sum(1) / prepared[reference].sum(1)
-            )
+            own, its = (np.column_stack([x, x.sum(1)]) for x in (prepared[name], prepared[reference]))
+            for what, ratios in zip(("trace", "compile", "first call"), (own / its).T, strict=True):
+                rows[-1] |= spread(f"{what} ratio", f"{what} quartiles", ratios)
     return rows
 
 
