@@ -1,4 +1,4 @@
-"""From a rule for one array to an Optax transformation: trees, jit, dtypes, leaf errors.
+"""From a rule for one array to an Optax transformation: trees, jit, dtypes, errors that name the leaf.
 
 Nothing here knows what the rule computes.
 """
@@ -14,198 +14,267 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from . import _storage
-
-
-class Rule(Protocol):
-    """The update of one array. Hashed by value: equal rules share one compiled update."""
-
-    def scalars(self, hyper: Any, count: jax.Array) -> Any:
-        """What is the same for all leaves of a precision, from `lift`'s numbers and the number of this update."""
-        ...
-
-    def __call__(self, *args: Any, **slots: Any) -> jax.Array:
-        """rule(scalars, grad, param or None, keep, largest, **slots) -> update, all in one precision.
-
-        keep(name, value) puts a slot's new value into the state and returns what the state then holds, which
-        may be rounded; `largest` is the largest value that every slot can hold.
-        """
-        ...
 
 
 class Slot(NamedTuple):
     """What a rule remembers of each parameter."""
 
-    initial: ArrayLike  # shape=()
-    non_negative: bool = False  # and real even where the parameter is complex
+    name: str
+    non_negative: bool = False  # and therefore real, also for a complex parameter
+
+
+class Rule(Protocol):
+    """The update of one array. Hashed by value: equal rules share one compiled update."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The slots in use."""
+        ...
+
+    def numbers(self, count: jax.Array, hyperparameters: Any) -> Any:
+        """What is the same for all leaves of one precision. `count` is the number of this update, from 1."""
+        ...
+
+    def __call__(
+        self, numbers: Any, grad: jax.Array, param: jax.Array | None, slots: Mapping[str, _storage.Accumulator]
+    ) -> tuple[jax.Array, Mapping[str, _storage.Accumulator]]:
+        """The update to add to the parameter, and the new accumulators. `param` is None where none is needed."""
+        ...
 
 
 def lift(
     rule: Rule,
-    hyper: Callable[[jax.Array], Any],
-    slots: Mapping[str, Slot | None],
-    state_type: Callable[..., Any],
+    hyperparameters: Callable[[jax.Array], Any],
+    state_type: type[Any],
+    initial: Mapping[str, ArrayLike],
     state_dtype: np.dtype | None = None,
     params_for: str | None = None,
+    params_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lifts a rule for one array to a gradient transformation.
 
     Args:
         rule: the update of one array.
-        hyper: from the number of updates made so far to the rule's numbers, a tree of scalars.
-        slots: what the state holds beside `count`; None where it holds nothing.
-        state_type: builds the state, a NamedTuple, from `count` and the slots' names.
-        state_dtype: how `init` has the slots kept; `update` leaves them in the dtype they have.
+        hyperparameters: from the number of past updates to the rule's hyperparameters, a tree of scalars.
+        state_type: a NamedTuple with the fields `count` and the names of the slots.
+        initial: first values of slots that do not start at zero.
+        state_dtype: how `init` has the slots kept. `update` leaves them in the dtype they have.
         params_for: the option for which `update` needs `params`, if there is one.
+        params_mask: a tree of booleans, a prefix of the parameters' tree, or a function from the parameters
+            to it; the rule gets no `param` where it is False. By default it gets all.
     """
 
     def init(params: optax.Params) -> Any:
-        # Slot by slot, not leaf by leaf: optax.tree.map_params hands in a node without leaves.
         def build(slot: Slot) -> optax.Params:
-            def leaf(path: Any, param: Any) -> jax.Array:
-                dtype = _storage.compute_dtype(_checked_dtype("parameter", path, param))
+            def leaf(path: Any, param: Any) -> jax.Array | None:
+                dtype = _dtype("parameter", path, param)
+                if not jnp.issubdtype(dtype, jnp.inexact):
+                    return None
+                dtype = _storage.compute_dtype(dtype)
                 dtype = _storage.real_dtype(dtype) if slot.non_negative else dtype
-                return _storage.full_like(
-                    param, slot.initial, _storage.kept_dtype(dtype, state_dtype, slot.non_negative)
-                )
+                kept = _storage.kept_dtype(dtype, state_dtype, slot.non_negative)
+                return _storage.full_like(param, initial.get(slot.name, 0.0), kept)
 
             return jax.tree.map_with_path(leaf, params)
 
-        trees = {name: None if slot is None else build(slot) for name, slot in slots.items()}
-        return state_type(count=_zero_count(params), **trees)
+        # Slot by slot, not leaf by leaf: optax.tree.map_params passes a node without leaves.
+        return state_type(count=zero_count(params), **{slot.name: build(slot) for slot in rule.slots})
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         del extra_args
+        if not isinstance(state, state_type):
+            raise TypeError(
+                f"state has type {type(state).__name__}: allowed is the {state_type.__name__} that init makes"
+            )
+        updates = _without_float0(updates)
+        for name in state_type._fields[1:]:
+            on = any(slot.name == name for slot in rule.slots)
+            # (A tree that is None has state that is None.)
+            if updates is not None and on == (getattr(state, name) is None):
+                raise ValueError(f"state.{name} is {'' if on else 'not '}None: the state was made with other options")
         if params_for is None:
+            _check_kinds(updates, params)
             params = None
         elif params is None:
             paths = [keystr(path) for path, _ in tree_flatten_with_path(updates)[0]]
             raise ValueError(f"{params_for} needs the parameters {paths}: call update(updates, state, params)")
-        for name, slot in slots.items():
-            # (A tree that is None has state that is None.)
-            if updates is not None and (slot is None) != (getattr(state, name) is None):
-                raise ValueError(f"state.{name} is {'not ' if slot is None else ''}None: made with other options")
-        return _update(rule, hyper(state.count), updates, state, params)
+        else:
+            params = _masked(updates, params, params_mask)
+        return _update(rule, hyperparameters(state.count), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# At module level, with every number an argument: a transformation that is built anew at
-# each step, as optax.inject_hyperparams does, finds the update that the last one compiled.
+# At module level, with every number an argument. optax.inject_hyperparams builds a new transformation
+# in each step; it finds the update that the previous one compiled.
 @functools.partial(jax.jit, static_argnames="rule", inline=True)
 def _update(
-    rule: Rule, hyper: Any, updates: optax.Updates, state: Any, params: optax.Params | None
+    rule: Rule, hyperparameters: Any, updates: optax.Updates, state: Any, params: optax.Params | None
 ) -> tuple[optax.Updates, Any]:
     count = jnp.asarray(optax.safe_increment(state.count))
-    scalars_in = functools.cache(
-        lambda dtype: rule.scalars(jax.tree.map(lambda x: jnp.asarray(x, dtype), hyper), count)
-    )
-    trees = {name: tree for name, tree in state._asdict().items() if name != "count" and tree is not None}
-    seeds = {name: _storage.seeds(count, i) for i, name in enumerate(trees)}
 
-    leaves, treedef = tree_flatten_with_path(updates)
-    params_column = _column(updates, params, "params") if params is not None else [None] * len(leaves)
-    columns = {name: _column(updates, tree, f"state.{name}") for name, tree in trees.items()}
+    @functools.cache
+    def numbers(dtype: np.dtype) -> Any:
+        return rule.numbers(count, jax.tree.map(lambda x: jnp.asarray(x, dtype), hyperparameters))
 
-    steps: list[jax.Array] = []
-    new_columns: dict[str, list[jax.Array]] = {name: [] for name in trees}
+    @functools.cache
+    def seed(slot: str) -> _storage.Seed:
+        return _storage.seeds(count, slot)
+
+    leaves, treedef = _flatten(updates)
+    columns = {slot.name: _column(updates, getattr(state, slot.name), f"state.{slot.name}") for slot in rule.slots}
+    params_column = [None] * len(leaves) if params is None else _column(updates, params, "params")
+
+    steps: list[Any] = [None] * len(leaves)
     for i, (path, grad) in enumerate(leaves):
+        if grad is None:
+            continue
         kept = {name: column[i] for name, column in columns.items()}
-        step, new = _update_leaf(rule, scalars_in, seeds, path, grad, params_column[i], kept)
-        steps.append(step)
-        for name in trees:
-            new_columns[name].append(new[name])
-    new_trees = {name: treedef.unflatten(column) for name, column in new_columns.items()}
-    return treedef.unflatten(steps), state._replace(count=count, **new_trees)
+        dtype = _checked_dtype(rule, path, grad, params_column[i], kept)
+        seeds = {name: seed(name) for name, x in kept.items() if _storage.is_rounded(x.dtype)}
+        steps[i], new = _update_array(
+            rule, dtype, numbers(_storage.real_dtype(dtype)), seeds, grad, params_column[i], kept
+        )
+        for name, x in new.items():
+            columns[name][i] = x
+    trees = {name: treedef.unflatten(column) for name, column in columns.items()}
+    return treedef.unflatten(steps), state._replace(count=count, **trees)
 
 
-def _update_leaf(
+# One array. It is traced and lowered once for all leaves of a shape, as a function with a call for each
+# leaf. XLA inlines the calls before it simplifies and fuses, so the program is the same.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _update_array(
     rule: Rule,
-    scalars_in: Callable[[Any], Any],
-    seeds: Mapping[str, Any],
-    path: Any,
+    dtype: np.dtype,
+    numbers: Any,
+    seeds: Mapping[str, _storage.Seed],
     grad: Any,
     param: Any,
-    kept: dict[str, Any],
+    kept: Mapping[str, Any],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    grad_dtype = _checked_dtype("gradient", path, grad)
+    g = jnp.asarray(grad, dtype)
+    p = None if param is None else jnp.asarray(param, dtype)
+    real = _storage.real_dtype(dtype)
+    slots = {
+        slot.name: _storage.read(
+            kept[slot.name], real if slot.non_negative else dtype, seed=seeds.get(slot.name), source=g
+        )
+        for slot in rule.slots
+    }
+    with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
+        step, slots = rule(numbers, g, p, slots)
+    return step.astype(jnp.result_type(grad)), {name: slots[name].kept for name in kept}
+
+
+def _checked_dtype(rule: Rule, path: Any, grad: Any, param: Any, kept: Mapping[str, Any]) -> np.dtype:
+    """The dtype to compute in: the gradient's precision or the state's, whichever is higher."""
+    grad_dtype = _dtype("gradient", path, grad)
+    if any(x is None for x in kept.values()):
+        raise TypeError(
+            f"gradient{keystr(path)} has dtype {grad_dtype}, but its parameter has no state, as integers and "
+            "booleans have none: allowed are None and float0"
+        )
+    if not jnp.issubdtype(grad_dtype, jnp.inexact):
+        raise TypeError(f"gradient{keystr(path)} has dtype {grad_dtype}: allowed are floating and complex dtypes")
     for name, other in {"parameter": param, **kept}.items():
         if other is not None and jnp.shape(other) != jnp.shape(grad):
             raise ValueError(
                 f"gradient{keystr(path)} has shape {jnp.shape(grad)}, its {name} {jnp.shape(other)}: they must be equal"
             )
-    # In the gradient's precision or the state's, whichever is higher.
-    wide = np.result_type(*(_storage.compute_dtype(dtype) for dtype in (grad_dtype, *(x.dtype for x in kept.values()))))
-    step, new = _apply(rule, wide, scalars_in(_storage.real_dtype(wide)), seeds, grad, param, kept)
-    if step.dtype != grad_dtype or any(new[name].dtype != x.dtype for name, x in kept.items()):
-        raise TypeError(f"gradient{keystr(path)} is {grad_dtype}: it must be complex just where its parameter is")
-    return step, new
+    signed = [kept[slot.name] for slot in rule.slots if not slot.non_negative]
+    for other in [*signed, *([] if param is None else [param])]:
+        _check_kind(path, grad, other)
+    dtypes = [grad_dtype, *(x.dtype for x in kept.values())]
+    return np.result_type(*map(_storage.compute_dtype, dtypes))
 
 
-# One array, once for all leaves of a shape: traced once, and lowered to one function with a call
-# for each leaf. XLA inlines the calls before it simplifies and fuses: the program is the same.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(
-    rule: Rule,
-    wide: np.dtype,
-    scalars: Any,
-    seeds: Mapping[str, Any],
-    grad: Any,
-    param: Any,
-    kept: dict[str, Any],
-) -> tuple[Any, dict[str, Any]]:
-    real = _storage.real_dtype(wide)
-    grad_wide = jnp.asarray(grad, wide)
-    param_wide = None if param is None else jnp.asarray(param, wide)
-    slots = {name: _storage.load(x).astype(wide if jnp.iscomplexobj(x) else real) for name, x in kept.items()}
-    new: dict[str, jax.Array] = {}
-
-    def keep(name: str, x: jax.Array) -> jax.Array:
-        dtype = kept[name].dtype
-        new[name] = _storage.store(x, dtype, seeds[name], grad_wide) if _holds(dtype, x) else x
-        return _storage.load(new[name]).astype(x.dtype)
-
-    largest = min(_storage.largest(x.dtype) for x in kept.values())
-    with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
-        step = rule(scalars, grad_wide, param_wide, keep, largest, **slots)
-    dtype = jnp.result_type(grad)
-    return step.astype(dtype) if _holds(dtype, step) else step, new
+def _check_kinds(updates: optax.Updates, params: Any) -> None:
+    """Parameters that the update does not need still tell which gradients should be complex."""
+    if params is None or jax.tree.structure(params) != jax.tree.structure(updates):
+        return
+    for (path, grad), param in zip(tree_flatten_with_path(updates)[0], jax.tree.leaves(params), strict=True):
+        if hasattr(param, "dtype"):
+            _check_kind(path, grad, param)
 
 
-def _holds(dtype: DTypeLike, x: jax.Array) -> bool:
-    """Whether no imaginary part would be lost. If one would, the caller, who knows the leaf's path, says so."""
-    return jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.iscomplexobj(x)
+def _check_kind(path: Any, grad: Any, other: Any) -> None:
+    if jnp.iscomplexobj(grad) != jnp.iscomplexobj(other):
+        kinds = "complex, its parameter is real" if jnp.iscomplexobj(grad) else "real, its parameter is complex"
+        raise TypeError(f"gradient{keystr(path)} is {kinds}: both must be real or both complex")
+
+
+def _masked(updates: optax.Updates, params: optax.Params, mask: Any) -> optax.Params:
+    """`params` with None where the mask is False."""
+    for (path, grad), param in zip(_flatten(updates)[0], _column(updates, params, "params"), strict=True):
+        if grad is not None and param is None:
+            raise ValueError(f"params{keystr(path)} is None, and there is a gradient for it")
+    if mask is None:
+        return params
+
+    def select(path: Any, keep: Any, subtree: Any) -> Any:
+        if not isinstance(keep, (bool, np.bool_)):
+            raise TypeError(f"the mask{keystr(path)} has type {type(keep).__name__}: allowed are True and False")
+        return subtree if keep else jax.tree.map(lambda _: None, subtree)
+
+    return jax.tree.map_with_path(select, mask(params) if callable(mask) else mask, params)
+
+
+def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """Leaves with their paths, where None is a leaf: a gradient that is missing, or a state."""
+    return tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
 
 
 def _column(updates: optax.Updates, tree: Any, name: str) -> list[Any]:
-    """The leaves of `tree` in the order of `updates`' leaves; an error that names those without a partner."""
-    treedef = jax.tree.structure(updates)
-    if jax.tree.structure(tree) == treedef:
-        return jax.tree.leaves(tree)
-    grads, others = ({keystr(path) for path, _ in tree_flatten_with_path(t)[0]} for t in (updates, tree))
-    lacking = [f"no gradient for {path} of {name}" for path in sorted(others - grads)]
-    surplus = [f"no {path} in {name} for its gradient" for path in sorted(grads - others)]
-    what = "; ".join(lacking + surplus) or f"{treedef} is not {jax.tree.structure(tree)}"
+    """The leaves of `tree` in the order of the leaves of `updates`, or an error that names those without a partner."""
+    (leaves, treedef), (others, other_treedef) = _flatten(updates), _flatten(tree)
+    if treedef == other_treedef:
+        return [leaf for _, leaf in others]
+    grads, paths = ({keystr(path) for path, _ in column} for column in (leaves, others))
+    lacking = [f"no gradient for {path} of {name}" for path in sorted(paths - grads)]
+    surplus = [f"no {path} in {name} for its gradient" for path in sorted(grads - paths)]
+    what = "; ".join(lacking + surplus) or f"{treedef} is not {other_treedef}"
     raise ValueError(f"the gradients must have the structure of {name}: {what}")
 
 
-def _checked_dtype(kind: str, path: Any, leaf: Any) -> DTypeLike:
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.inexact):
+def _without_float0(updates: optax.Updates) -> optax.Updates:
+    """Gradients of integers, as jax.grad(..., allow_int=True) makes them, become None. All others must be arrays."""
+    leaves = jax.tree.leaves(updates)
+    if all(isinstance(x, jax.Array) for x in leaves):
+        return updates
+
+    def leaf(path: Any, grad: Any) -> Any:
+        if getattr(grad, "dtype", None) == jax.dtypes.float0:
+            return None
+        _dtype("gradient", path, grad)
+        return grad
+
+    return jax.tree.map_with_path(leaf, updates)
+
+
+def _dtype(kind: str, path: Any, leaf: Any) -> Any:
+    """The dtype of a leaf that is an array of numbers or a number."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None and isinstance(leaf, (bool, int, float, complex)):
+        dtype = jnp.result_type(leaf)
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
+        what = f"type {type(leaf).__name__}" if dtype is None else f"dtype {dtype}"
         raise TypeError(
-            f"{kind}{keystr(path)} has dtype {dtype}, allowed are floating and complex: "
-            "leave other leaves out (None, optax.masked) or convert them"
+            f"{kind}{keystr(path)} has {what}: allowed are arrays of numbers. Leave it out, "
+            "with eqx.filter(tree, eqx.is_inexact_array) or optax.masked"
         )
     return dtype
 
 
-def _zero_count(params: optax.Params) -> jax.Array:
-    # On the parameters' mesh from the start. The first update would move it there, and the
-    # second, finding it elsewhere than the first did, would compile again.
+def zero_count(params: optax.Params) -> jax.Array:
+    """A count of updates, where the parameters are."""
+    # On the parameters' mesh from the start. Otherwise the first update would move it there, and the
+    # second would find it elsewhere than the first did, and compile again.
     for leaf in jax.tree.leaves(params):
         sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding):

@@ -1,17 +1,18 @@
 """How an accumulator is kept: its dtype, its bits and its sharding. Arrays only, no trees.
 
-`bfloat16` and `uint8` are the upper bits of a float32, rounded stochastically: an average moves by a
-part in 1/(1-ρ) per update, far less than the distance of two codes, and rounding to nearest would
-leave it where it is for good. `uint8` takes 7 bits of the exponent and 1 of the mantissa::
+`bfloat16` and `uint8` are the upper bits of a float32, rounded stochastically. An average moves by a
+fraction 1-ρ of itself per update, far less than the gap between two codes: rounded to nearest, it
+would never move. A `uint8` code holds 7 bits of the exponent and 1 of the mantissa::
 
-    code = (bits(max(x, 2⁻⁹⁰)) - bits(2⁻⁹⁰) + r) >> 22       r: 22 random bits, or: the lower
-    x    = float((code << 22) + bits(2⁻⁹⁰))                   22 exceed r, one code more
+    code = (bits(max(x, 2⁻⁹⁰)) - bits(2⁻⁹⁰) + r) >> 22       r: 22 random bits
+    x    = float((code << 22) + bits(2⁻⁹⁰))
 
-that is 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...}, up to 1.5 · 2³⁷: no sign, no zero, no scales beside it. The
-bits of a float are linear between two codes, so that the mean over r is exactly x.
+It stands for 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...} up to 1.5 · 2³⁷. There is no sign, no zero and no scale
+beside it. The bits of a float are linear in its value between two codes, so the mean over r is exact.
 """
 
-from typing import Any
+import zlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +21,67 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 
-# What an accumulator can be kept in beside what it is computed in.
+# The dtypes that are rounded. In all others an accumulator is kept as it is computed.
 STATE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.uint8))
 
 _SMALLEST = np.float32(2.0**-90).view(np.uint32)
 _LARGEST = np.float32(1.5 * 2.0**37).view(np.uint32)
-_BELOW = np.uint8(_SMALLEST >> 22)  # patterns of 10 bits below the first code
+_BELOW = np.uint8(_SMALLEST >> 22)  # number of 10-bit patterns below the first code
+
+Seed = tuple[jax.Array, jax.Array]
+
+
+class Accumulator(NamedTuple):
+    """One accumulator of one array: what the state holds, and its value for the arithmetic."""
+
+    kept: jax.Array
+    value: jax.Array
+    noise: jax.Array | None = None  # random bits; None where nothing is rounded
+
+    def set(self, x: jax.Array) -> "Accumulator":
+        """Keeps `x`. The new value is what the state can hold of it."""
+        kept = store(x, self.kept.dtype, self.noise)
+        return Accumulator(kept, _load(kept).astype(x.dtype), self.noise)
+
+    @property
+    def largest(self) -> float:
+        """A bound that the square of each component of g must respect, so that an average of |g|² can be kept.
+
+        A uint8 code saturates. In a float an average of |g - μ|² over two components can reach 8 times
+        the square of one, and rounded weights can add up to slightly more than one.
+        """
+        dtype = self.kept.dtype
+        return float(_LARGEST.view(np.float32) if dtype == jnp.uint8 else jnp.finfo(dtype).max / 16)
+
+
+def read(
+    kept: jax.Array, dtype: DTypeLike | None = None, seed: Seed | None = None, source: jax.Array | None = None
+) -> Accumulator:
+    """The accumulator that a state holds.
+
+    Args:
+        kept: what the state holds.
+        dtype: of the value, by default that of `kept` or at least float32.
+        seed: from `seeds`, needed only to `set` an accumulator whose dtype is rounded.
+        source: the array, of the same shape, whose bits tell the elements' random bits apart.
+    """
+    value = _load(kept)
+    random = noise(seed, source) if is_rounded(kept.dtype) and seed is not None and source is not None else None
+    return Accumulator(kept, value if dtype is None else value.astype(dtype), random)
+
+
+def is_rounded(dtype: DTypeLike) -> bool:
+    """Whether an accumulator kept in `dtype` is rounded stochastically."""
+    return dtype in STATE_DTYPES
 
 
 def compute_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype for arithmetic on `dtype`, and for averages of it: at least float32.
 
-    Half precision cannot hold an average: in bfloat16 0.999 is 1.0, and in float16 1e-8
-    is 0 and 300² is inf.
+    Half precision cannot hold an average: in bfloat16, 0.999 is 1.0; in float16, 1e-8 is 0 and 300² is inf.
     """
-    return np.result_type(np.float32 if dtype == jnp.uint8 or jnp.finfo(dtype).bits < 32 else dtype)
+    wide = np.float32 if dtype == jnp.uint8 or jnp.finfo(dtype).bits < 32 else dtype
+    return np.dtype(jax.dtypes.canonicalize_dtype(wide))
 
 
 def real_dtype(dtype: DTypeLike) -> np.dtype:
@@ -43,93 +90,105 @@ def real_dtype(dtype: DTypeLike) -> np.dtype:
 
 
 def kept_dtype(dtype: DTypeLike, state_dtype: np.dtype | None, non_negative: bool) -> np.dtype:
-    """The dtype in which an accumulator that is computed in `dtype` is kept.
+    """The dtype that keeps an accumulator computed in `dtype`.
 
-    A code has no sign, so that uint8 keeps a signed accumulator in bfloat16; and there is
-    no complex dtype of half precision, so that a complex one stays as it is.
+    A uint8 code has no sign, so signed accumulators are kept in bfloat16 instead. There is no complex
+    dtype of half precision, so complex accumulators stay as they are.
     """
     if state_dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
         return np.dtype(dtype)
     return state_dtype if non_negative else np.dtype(jnp.bfloat16)
 
 
-def largest(dtype: DTypeLike) -> float:
-    """The largest value that can be kept in `dtype`."""
-    return float(_LARGEST.view(np.float32) if dtype == jnp.uint8 else jnp.finfo(dtype).max)
-
-
 def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
-    """A fresh array with `param`'s shape and sharding that keeps `value`, to nearest, in `dtype`."""
+    """A new array of `param`'s shape and sharding that keeps `value`, rounded to nearest, in `dtype`."""
     if dtype == jnp.uint8:
         # abs, because -0 has a sign bit.
         value = _encode(jnp.abs(jnp.asarray(value, jnp.float32)), np.uint32(1 << 31))
+    sharding = None if isinstance(param, Tracer) else getattr(param, "sharding", None)
+    if sharding is not None and sharding.memory_kind not in (None, "device"):
+        # The state is in device memory, also where the parameter is in host memory.
+        return jnp.full_like(param, value, dtype, device=sharding.with_memory_kind("device"))
     array = jnp.full_like(param, value, dtype)
     if isinstance(param, Tracer):
-        # Under jit on an Auto mesh nothing ties a constant to its parameter: XLA would
-        # replicate it, or leave it on one device. So zero is added that depends on it: XLA, when
-        # it hands shardings on, does not know that it is zero. (jax.experimental.shard_alike does
-        # not do: its calls for arrays of one shape are lowered once, for one sharding.)
+        # Under jit on an Auto mesh nothing ties a constant to its parameter: XLA would replicate it,
+        # or leave it on one device. So add a zero that depends on the parameter. XLA does not know
+        # that it is zero when it propagates shardings. (jax.experimental.shard_alike does not work
+        # here: its calls for arrays of one shape are lowered once, and share one sharding.)
         never = jax.lax.bitwise_and(jax.lax.ne(param, param), jax.lax.eq(param, param))
-        array = jax.lax.add(array, jax.lax.convert_element_type(never, dtype))
+        zero = jax.lax.convert_element_type(never, dtype)
+        # A parameter may live in host memory, where nothing can be added to it.
+        array = jax.lax.add(array, jax.device_put(zero, jax.memory.Space.Device))
     return array
 
 
-def load(kept: jax.Array) -> jax.Array:
-    """The values of an accumulator, in at least float32."""
-    if kept.dtype == jnp.uint8:
-        return jax.lax.bitcast_convert_type((kept.astype(jnp.uint32) << 22) + _SMALLEST, jnp.float32)
-    return kept.astype(compute_dtype(kept.dtype))
+def seeds(count: jax.Array, purpose: str) -> Seed:
+    """The a and b of `noise` for update number `count`. Another purpose, such as another slot, has others."""
+    x = count.astype(jnp.uint32) * np.uint32(2) + np.uint32(zlib.crc32(purpose.encode()))
+    return _mix(x) | 1, _mix(x + 1)
 
 
-def store(x: jax.Array, dtype: DTypeLike, seed: tuple[jax.Array, jax.Array], grad: jax.Array) -> jax.Array:
-    """Keeps `x` in `dtype`: the reverse of `load`, in the mean over seeds.
+def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
+    """Random bits for each element: a·bits(arrays) + b.
 
-    The random bits of an element are a·bits(gradient) + b: uniform for any gradient, zero too,
-    because b is, and independent for different gradients, because a is odd and another one in
-    each update. There is neither a key nor an index in them: where an element lives, and with
-    which neighbours, changes nothing.
+    They are uniform whatever the arrays hold, because b is. They are independent for elements that
+    differ, because a is odd and new in each update. There is no key and no index in them, so neither
+    the place of an element nor its neighbours matter.
     """
-    if dtype not in STATE_DTYPES:
-        return x.astype(dtype)
     a, b = seed
-    noise = _bits(grad) * a + b
-    return _encode(x, noise) if dtype == jnp.uint8 else _upper_half(x, noise)
+    bits = _bits(arrays[0])
+    for array in arrays[1:]:
+        # The bits of bfloat16 are in the upper half of a word; a multiplication carries nothing downwards.
+        bits = (bits ^ (bits >> 16)) * np.uint32(0x9E3779B1) + _bits(array)
+        bits = bits ^ (bits >> 15)
+    return bits * a + b
 
 
-def seeds(count: jax.Array, salt: int) -> tuple[jax.Array, jax.Array]:
-    """a and b for the update of that number; another pair for another `salt`, below 4."""
-    x = count.astype(jnp.uint32) * np.uint32(8) + np.uint32(2 * salt)
-    return _mixed(x) | 1, _mixed(x + 1)
-
-
-def _mixed(x: jax.Array) -> jax.Array:
+def _mix(x: jax.Array) -> jax.Array:
     # lowbias32, https://nullprogram.com/blog/2018/07/31/
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
+def _load(kept: jax.Array) -> jax.Array:
+    if kept.dtype == jnp.uint8:
+        return jax.lax.bitcast_convert_type((kept.astype(jnp.uint32) << 22) + _SMALLEST, jnp.float32)
+    return kept.astype(compute_dtype(kept.dtype))
+
+
+def store(x: jax.Array, dtype: DTypeLike, noise: Any) -> jax.Array:
+    if dtype == jnp.uint8:
+        return _encode(x, noise)
+    return to_bfloat16(x, noise) if dtype == jnp.bfloat16 else x.astype(dtype)
+
+
+def to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
+    """Rounds to one of the two bfloat16 neighbours of `x`. The mean over the noise is `x`."""
+    upper = (_bits(x) + (noise >> 16)) & np.uint32(0xFFFF0000)
+    # The noise would carry NVIDIA's NaN, 0x7fffffff, over into -0. The select is of float32, and the
+    # conversion comes last: XLA's CPU backend would widen a select of bfloat16, and recompute it from
+    # the old state wherever it is read, which has to be copied for that.
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.float32)
+    return jnp.where(jnp.isnan(x), x.astype(jnp.float32), rounded).astype(jnp.bfloat16)
+
+
 def _encode(x: jax.Array, noise: Any) -> jax.Array:
-    # Clamped as bits, not as values, so that NaN, which has no code, is kept as the largest.
+    # Clamped as bits, not as values: NaN has no code, and is kept as the largest.
     bits = jax.lax.clamp(_SMALLEST, _bits(x), _LARGEST)
+    # The lower 22 bits exceed r with the right probability; this compares them at the top of a word.
     up = (bits << 10) > noise
-    # Modulo 256: the two bits above fall off. Two arrays are subtracted last, because XLA's CPU
-    # backend computes anew, wherever it is read, what ends in an operation on one array; then
-    # the step would read the old codes, and they would have to be copied.
+    # Modulo 256: the two bits above fall off. The last operation has two arrays, because XLA's CPU
+    # backend recomputes what ends in an operation on one array wherever it is read. Then the step
+    # would read the old codes, and they would have to be copied.
     return (bits >> 22).astype(jnp.uint8) - jnp.where(up, _BELOW - 1, _BELOW)
 
 
-def _upper_half(x: jax.Array, noise: jax.Array) -> jax.Array:
-    upper = ((_bits(x) + (noise >> 16)) >> 16).astype(jnp.uint16)
-    # NVIDIA's NaN is 0x7fffffff, which the noise would carry over into -0.
-    return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), jax.lax.bitcast_convert_type(upper, jnp.bfloat16))
-
-
 def _bits(x: jax.Array) -> jax.Array:
-    """The bits of x as float32, saturated; of both parts if complex."""
+    """The bits of `x` as a float32, saturated; of both components if complex."""
     if jnp.iscomplexobj(x):
         return _bits(x.real) + 3 * _bits(x.imag)
     if x.dtype != jnp.float32:
-        limit = np.finfo(np.float32).max / 2
-        x = jnp.clip(x, -limit, limit).astype(jnp.float32)
+        limit = float(np.finfo(np.float32).max) / 2
+        x = jnp.clip(x.astype(compute_dtype(x.dtype)), -limit, limit).astype(jnp.float32)
     return jax.lax.bitcast_convert_type(x, jnp.uint32)

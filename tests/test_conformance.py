@@ -14,6 +14,9 @@ import pytest
 from rmsprop_jax import rmsprop, scale_by_rms
 
 
+pytestmark = pytest.mark.slow
+
+
 CONFIGURATIONS = {
     "plain": {},
     "momentum": {"momentum": 0.9},
@@ -178,6 +181,7 @@ def test_init_on_abstract_parameters(options):
 
 
 # --- Wrappers: around ours they do what they do around Optax's, or around exact SGD -----------------------
+# (Those of README's table are in test_ecosystem.py.)
 
 
 def run(tx, steps=20, **extra):
@@ -192,19 +196,16 @@ def run(tx, steps=20, **extra):
 
 BIASES = {"w": False, "b": True}
 WRAPPERS = {
-    "chain": lambda f: optax.chain(optax.clip_by_global_norm(1.0), f(0.1, momentum=0.9)),
     "masked": lambda f: optax.masked(f(0.1, momentum=0.9), BIASES),
     "masked by a function": lambda f: optax.masked(f(0.1), lambda p: BIASES),
     "partition": lambda f: optax.partition(
         {"a": f(0.1, momentum=0.9), "b": f(0.01, centered=True)}, {"w": "a", "b": "b"}
     ),
     "freeze": lambda f: optax.partition({"a": f(0.1), "b": optax.set_to_zero()}, {"w": "a", "b": "b"}),
-    "apply_if_finite": lambda f: optax.apply_if_finite(f(0.1, momentum=0.9), 3),
     "flatten": lambda f: optax.flatten(f(0.1, momentum=0.9)),
     "named_chain": lambda f: optax.named_chain(("clip", optax.clip(0.5)), ("rms", f(0.1))),
     "conditionally_transform": lambda f: optax.conditionally_transform(f(0.1), lambda step: step % 2 == 0),
     "skip_not_finite": lambda f: optax.MultiSteps(f(0.1), 2, should_skip_update_fn=optax.skip_not_finite),
-    "inject_hyperparams": lambda f: optax.inject_hyperparams(f)(0.1, momentum=0.9),
     "add_decayed_weights": lambda f: optax.chain(f(0.1), optax.add_decayed_weights(-0.01, mask=BIASES)),
 }
 

@@ -2,6 +2,7 @@
 
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +57,36 @@ def test_float64_is_kept(x64):
     assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
     expected = 0.9 * (0.09 / 9 + 0.1 * (1 - 0.1 / 3) ** 2)
     np.testing.assert_allclose(after.nu["w"], expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("options", CONFIGURATIONS)
+def test_numpy_s_float64_is_float32_where_float64_is_off(options, jit):
+    tx = rmsprop(0.1, **options)
+    params = {"w": np.ones(3), "z": np.ones(2, np.complex128), "s": np.float64(2.0)}
+    with jax.disable_jit(not jit):
+        updates, state = tx.update(params, tx.init(params), params)
+        single = jax.tree.map(lambda x: x.astype(np.complex64 if np.iscomplexobj(x) else np.float32), params)
+        expected, _ = tx.update(single, tx.init(single), single)
+    assert {k: u.dtype.name for k, u in updates.items()} == {"w": "float32", "z": "complex64", "s": "float32"}
+    assert {k: x.dtype.name for k, x in state.nu.items()} == dict.fromkeys(params, "float32")
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+@pytest.mark.parametrize("state_dtype", [None, jnp.bfloat16, jnp.uint8])
+@pytest.mark.parametrize("kind", ["pinned_host", "unpinned_host", "device"])
+def test_parameters_in_host_memory(kind, state_dtype):
+    device = jax.devices()[0]
+    if kind not in {memory.kind for memory in device.addressable_memories()}:
+        kind = device.default_memory().kind
+    sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+    params = {"w": jax.device_put(jnp.ones((2, 3)), sharding)}
+    tx = rmsprop(0.1, momentum=0.9, initial_scale=1.0, state_dtype=state_dtype)
+    for init in (tx.init, jax.jit(tx.init)):
+        state = init(params)
+        for tree in (state.nu, state.trace):
+            assert tree["w"].sharding.memory_kind == device.default_memory().kind
+        np.testing.assert_array_equal(state.nu["w"], tx.init({"w": jnp.ones((2, 3))}).nu["w"])
 
 
 def test_count_counts_and_stops():
@@ -170,32 +201,105 @@ def test_a_tree_is_its_leaves(tree):
         np.testing.assert_array_equal(u, tx.update(g, tx.init(g))[0])
 
 
-BAD_PARAMS = {
-    "int": ({"w": jnp.ones(2), "n": [jnp.arange(3)]}, r"parameter\['n'\]\[0\] has dtype int32"),
-    "Python int": ({"n": 1}, r"parameter\['n'\] has dtype int32"),
-    "bool": ({"mask": np.array([True])}, r"parameter\['mask'\] has dtype bool"),
-    "key": ({"rng": jax.random.key(0)}, r"parameter\['rng'\] has dtype key"),
+BAD_LEAVES = {
+    "function": ({"w": jnp.ones(2), "f": [jax.nn.relu]}, r"\['f'\]\[0\] has type"),
+    "text": ({"name": "linear"}, r"\['name'\] has type str"),
+    "array of text": ({"name": np.array(["a"])}, r"\['name'\] has dtype <U1"),
+    "key": ({"rng": jax.random.key(0)}, r"\['rng'\] has dtype key"),
+    "object": ({"o": object()}, r"\['o'\] has type object"),
 }
 
 
-@pytest.mark.parametrize(("params", "message"), BAD_PARAMS.values(), ids=BAD_PARAMS.keys())
-def test_bad_parameters_are_named(params, message):
-    with pytest.raises(TypeError, match=message + ".*allowed are floating and complex"):
-        rmsprop(0.1).init(params)
+@pytest.mark.parametrize(("tree", "message"), BAD_LEAVES.values(), ids=BAD_LEAVES.keys())
+def test_leaves_that_are_no_arrays_are_named_with_the_way_out(tree, message):
+    message += ".*allowed are arrays of numbers.*eqx.filter.*optax.masked"
+    with pytest.raises(TypeError, match="parameter" + message):
+        rmsprop(0.1).init(tree)
+    with pytest.raises(TypeError, match="gradient" + message):
+        rmsprop(0.1).update(tree, rmsprop(0.1).init(jax.tree.map(lambda _: 1.0, tree)))
+
+
+# --- Leaves that do not train -------------------------------------------------------------------------
+
+FIXED = {"int": jnp.arange(3), "bool": np.array([True]), "Python int": 7, "uint8": jnp.zeros(2, jnp.uint8)}
+
+
+@pytest.mark.parametrize("options", CONFIGURATIONS)
+@pytest.mark.parametrize("no_gradient", [lambda x: None, lambda x: np.zeros(np.shape(x), jax.dtypes.float0)])
+def test_integers_and_booleans_are_as_if_they_were_absent(options, no_gradient):
+    tx = rmsprop(0.1, **options)
+    params = FIXED | {"w": W}
+    state = tx.init(params)
+    alone_state = tx.init({"w": W})
+    grads = jax.tree.map(no_gradient, FIXED) | {"w": 2 * W}
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        alone, alone_state = tx.update({"w": 2 * W}, alone_state, {"w": W})
+        assert updates == dict.fromkeys(FIXED) | {"w": updates["w"]}
+        np.testing.assert_array_equal(updates["w"], alone["w"])
+    for slot, tree in state._asdict().items():
+        if slot != "count" and tree is not None:
+            assert [tree[name] for name in FIXED] == [None] * len(FIXED)
+            np.testing.assert_array_equal(tree["w"], getattr(alone_state, slot)["w"])
+
+
+def test_gradients_of_integers_as_jax_makes_them():
+    params = {"w": W, "n": jnp.arange(2)}
+    tx = rmsprop(0.1)
+    grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2), allow_int=True)(params)
+    assert grads["n"].dtype == jax.dtypes.float0
+    assert tx.update(grads, tx.init(params))[0]["n"] is None
+    assert tx.update(np.zeros(2, jax.dtypes.float0), tx.init(jnp.arange(2)))[0] is None
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_gradient_for_a_parameter_that_does_not_train(name):
+    tx = rmsprop(0.1, momentum=0.9)
+    params = FIXED | {"w": W}
+    grads = dict.fromkeys(FIXED) | {"w": W, name: jnp.ones(np.shape(FIXED[name]))}
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(TypeError, match=rf"gradient\['{name}'\] has dtype float32, but its parameter has no state"):
+            update(grads, tx.init(params))
+
+
+@pytest.mark.parametrize("options", CONFIGURATIONS)
+def test_no_gradient_leaves_a_parameter_s_state_as_it_was(options):
+    tx = rmsprop(0.1, **options)
+    params = {"a": W, "b": [jnp.ones(3)]}
+    _, before = tx.update(params, tx.init(params), params)
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, after = update({"a": W, "b": [None]}, before, params)
+        assert updates["b"] == [None]
+        assert after.count == 2
+        for slot in ("nu", "mu", "trace"):
+            if getattr(before, slot) is not None:
+                np.testing.assert_array_equal(getattr(after, slot)["b"][0], getattr(before, slot)["b"][0])
+        expected = tx.update(
+            {"a": W}, RMSPropState(before.count, *({"a": t["a"]} if t else t for t in before[1:])), params={"a": W}
+        )
+        np.testing.assert_array_equal(updates["a"], expected[0]["a"])
+
+
+def test_equinox_applies_updates_that_are_none():
+    params = {"w": W, "n": jnp.arange(2), "frozen": W}
+    tx = rmsprop(0.1)
+    updates, _ = tx.update({"w": W, "n": None, "frozen": None}, tx.init(params), params)
+    new = eqx.apply_updates(params, updates)
+    assert (new["w"] < params["w"]).all()
+    np.testing.assert_array_equal(new["n"], params["n"])
+    np.testing.assert_array_equal(new["frozen"], W)
 
 
 W = jnp.ones((3, 2))
 BAD_GRADS = {
     "int": ({"a": W, "b": jnp.ones(3, jnp.int32)}, TypeError, r"gradient\['b'\] has dtype int32"),
-    "float0": ({"a": W, "b": np.zeros(3, jax.dtypes.float0)}, TypeError, r"gradient\['b'\] has dtype"),
     "scalar": ({"a": W, "b": jnp.ones(())}, ValueError, r"gradient\['b'\] has shape \(\), its .* \(3,\)"),
     "transposed": ({"a": W.T, "b": jnp.ones(3)}, ValueError, r"gradient\['a'\] has shape \(2, 3\), its .* \(3, 2\)"),
-    "None": ({"a": W, "b": None}, ValueError, r"no gradient for \['b'\]"),
     "masked": ({"a": W, "b": optax.MaskedNode()}, ValueError, r"no gradient for \['b'\]"),
     "missing": ({"a": W}, ValueError, r"no gradient for \['b'\]"),
     "surplus": ({"a": W, "b": jnp.ones(3), "c": W}, ValueError, r"no \['c'\] in .* for its gradient"),
     "subtree": ({"a": W, "b": [jnp.ones(3)]}, ValueError, r"no gradient for \['b'\].*; no \['b'\]\[0\] in"),
-    "complex": ({"a": W.astype(jnp.complex64), "b": jnp.ones(3)}, TypeError, r"gradient\['a'\] is complex64"),
+    "complex": ({"a": W.astype(jnp.complex64), "b": jnp.ones(3)}, TypeError, r"gradient\['a'\] is complex, its"),
 }
 
 
@@ -218,8 +322,13 @@ def test_a_list_for_a_tuple_is_named():
 
 def test_real_gradient_of_a_complex_parameter():
     tx = rmsprop(0.1, momentum=0.9)
-    with pytest.raises(TypeError, match="gradient is float32: it must be complex just where"):
+    with pytest.raises(TypeError, match="gradient is real, its parameter is complex: both must be"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2, jnp.complex64)))
+    # Without a signed slot only the parameters tell, where they are given.
+    tx = rmsprop(0.1)
+    for grads, params in ((W.astype(jnp.complex64), W), (W, W.astype(jnp.complex64))):
+        with pytest.raises(TypeError, match=r"gradient\['w'\] is (real|complex), its parameter is (real|complex)"):
+            tx.update({"w": grads}, tx.init({"w": params}), {"w": params})
 
 
 def test_params_of_another_shape_are_named():
@@ -233,6 +342,28 @@ def test_weight_decay_needs_params(decoupled):
     tx = rmsprop(0.1, weight_decay=0.1, decoupled=decoupled)
     with pytest.raises(ValueError, match=r"weight_decay needs the parameters \[\"\['w'\]\"\]: call update"):
         tx.update({"w": W}, tx.init({"w": W}))
+
+
+FOREIGN = {
+    "optax": lambda p: optax.rmsprop(0.1).init(p),
+    "chain": lambda p: optax.chain(rmsprop(0.1)).init(p),
+    "restored as a dict": lambda p: {"count": jnp.int32(0), "nu": p},
+    "none": lambda p: None,
+}
+
+
+@pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_state_that_is_not_ours(foreign):
+    with pytest.raises(TypeError, match=r"state has type (tuple|dict|NoneType): allowed is the RMSPropState that init"):
+        rmsprop(0.1).update(W, foreign(W))
+
+
+def test_a_state_of_other_options():
+    plain, full = rmsprop(0.1), rmsprop(0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=r"state\.trace is None: the state was made with other options"):
+        full.update(W, plain.init(W))
+    with pytest.raises(ValueError, match=r"state\.trace is not None: the state was made with other options"):
+        plain.update(W, full.init(W))
 
 
 def test_params_are_not_looked_at_without_weight_decay():
@@ -303,9 +434,7 @@ def test_it_inlines_under_the_users_jit():
         return optax.apply_updates(params, updates), state
 
     args = params, tx.init(params), params
-    jaxpr = str(jax.make_jaxpr(step)(*args))
-    assert "_update" not in jaxpr
-    assert jaxpr.count("name=_apply") == len(params)  # one function for each shape, which XLA inlines:
+    # The program is what counts: from jax 0.11 on an inlined function still shows in the jaxpr.
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile().as_text()
     entry = compiled[compiled.index("ENTRY") :]
     assert " call(" not in compiled
@@ -313,7 +442,23 @@ def test_it_inlines_under_the_users_jit():
     assert len(re.findall(r" fusion\(", entry)) == 2 * len(params) + 1
 
 
+def test_one_function_for_all_leaves_of_a_shape():
+    params = {"a": W, "b": W + 1, "c": jnp.ones(5), "d": [W]}
+    tx = rmsprop(0.1, momentum=0.9, weight_decay=0.1)
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+    assert len(re.findall(r"func private @_update_array", text)) == 2
+    assert len(re.findall(r"call @_update_array", text)) == 4
+
+
 NARROW = {"state_dtype": jnp.uint8}
+# What is kept in bfloat16. XLA's older CPU backends copy it.
+SIGNED = [
+    NARROW | {"momentum": 0.9},
+    NARROW | {"centered": True},
+    {"state_dtype": jnp.bfloat16},
+    {"state_dtype": jnp.bfloat16, **EVERYTHING},
+]
+NARROW_DTYPES = [jnp.bfloat16, jnp.uint8]
 
 
 @pytest.mark.parametrize(
@@ -326,6 +471,7 @@ NARROW = {"state_dtype": jnp.uint8}
         EVERYTHING,
         NARROW,
         NARROW | {"eps_in_sqrt": False, "bias_correction": True, "weight_decay": 0.1},
+        *([] if jax.__version_info__ < (0, 10) else SIGNED),
     ],
 )
 def test_no_copy_of_the_state(options):
@@ -345,6 +491,7 @@ def test_no_copy_of_the_state(options):
     assert memory.temp_size_in_bytes < 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias_correction", [False, True])
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("eps_in_sqrt", [False, True])
@@ -365,6 +512,28 @@ def test_lowers_for_every_target(state_dtype, bias_correction, centered, eps_in_
         exported = export.export(jax.jit(tx.update), platforms=("cpu", "cuda", "tpu"))(params, state, params)
         assert exported.platforms == ("cpu", "cuda", "tpu")
         assert exported.out_avals[0].dtype == dtype
+
+
+def unrolled_instructions(updates, **options):
+    """The length of the program of so many updates in one jit."""
+    tx = rmsprop(1e-3, centered=True, momentum=0.9, **options)
+
+    def run(params, state):
+        for _ in range(updates):
+            step, state = tx.update(jnp.sin(params), state)
+            params = params + step
+        return params
+
+    params = jnp.ones(64)
+    return len(jax.jit(run).lower(params, tx.init(params)).compile().as_text().splitlines())
+
+
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
+def test_updates_in_one_program_are_not_recomputed_in_each_other(state_dtype):
+    # XLA may recompute what is kept from the old state wherever it is read, and then the program grows with every
+    # update: for bfloat16 on jax 0.12, 14 updates took 17 s to compile, and 20 had no end. On jax 0.10.2, 16 were 9
+    # times as long as float32's, where they are 2 to 3 times as long now (6 times on 0.7.2).
+    assert unrolled_instructions(16, state_dtype=state_dtype) < 8 * unrolled_instructions(16)
 
 
 # --- Transformations ----------------------------------------------------------------------------------
@@ -398,9 +567,9 @@ def test_vmap_over_members():
 
 def test_hashable_and_static():
     tx = rmsprop(0.1)
-    assert hash(tx) == hash(tx)
     step = jax.jit(lambda tx, g: tx.update(g, tx.init(g))[0], static_argnums=0)
     np.testing.assert_allclose(step(tx, W), -0.1 / np.sqrt(0.1), rtol=1e-6)
+    assert {tx: "found"}[tx] == "found"
 
 
 def test_init_on_shapes_allocates_what_init_on_arrays_does():

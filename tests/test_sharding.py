@@ -12,6 +12,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from rmsprop_jax import rmsprop
 
 
+pytestmark = pytest.mark.slow
+
+
 EVERYTHING = {"centered": True, "momentum": 0.9, "nesterov": True, "bias_correction": True, "initial_scale": 1.0}
 OPTIONS = [{}, EVERYTHING, {"state_dtype": jnp.uint8, "initial_scale": 1.0}, EVERYTHING | {"state_dtype": jnp.bfloat16}]
 COLLECTIVES = r"all-\w+|collective-\w+|reduce-scatter|partition-id"

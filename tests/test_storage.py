@@ -15,24 +15,23 @@ from rmsprop_jax import _storage, dialects, interop, rmsprop, RMSPropState, scal
 
 
 NARROW = [jnp.bfloat16, jnp.uint8]
-# Every value that uint8 can hold, from the words of design.md: 7 bits of exponent, 1 of mantissa, from 2⁻⁹⁰.
+# Every value that uint8 can hold: 7 bits of exponent, 1 of mantissa, from 2⁻⁹⁰.
 LADDER = np.array([2.0 ** (code // 2 - 90) * (1 + 0.5 * (code % 2)) for code in range(256)])
 # Noise that differs only in the bits that count, and takes all their values evenly.
 EVERY_NOISE = np.arange(2**16, dtype=np.uint32) << 16
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _stored(values, dtype, noise):
-    return _storage.store(values, dtype, (jnp.uint32(1), noise), jnp.zeros_like(values))
+_store = jax.jit(_storage.store, static_argnums=1)
 
 
 def stored(values, dtype, noise):
-    """`store` with this very noise: the bits of a gradient of zero are zero, and b is what is left."""
-    return _stored(*np.broadcast_arrays(np.float32(values)), dtype, np.broadcast_arrays(np.uint32(noise), values)[0])
+    """What is kept of the values with this very noise."""
+    values, noise = np.broadcast_arrays(np.float32(values), np.uint32(noise))
+    return _store(values, dtype, noise)
 
 
 def values(kept):
-    return np.asarray(_storage.load(kept), np.float64)
+    return np.asarray(_storage.read(kept).value, np.float64)
 
 
 # --- Codes --------------------------------------------------------------------------------------------
@@ -96,6 +95,7 @@ def test_float64_saturates(x64, state_dtype):
 
 
 @pytest.mark.parametrize("state_dtype", [None, *NARROW])
+@pytest.mark.slow
 def test_every_dtype_where_float64_is_on(x64, state_dtype):
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128):
         for options in ({}, {"centered": True, "momentum": 0.9, "bias_correction": True}):
@@ -133,7 +133,7 @@ def follow(decay, gradients, state_dtype, start=1.0):
 
     def step(state, g):
         state = jax.vmap(tx.update)(g, state)[1]
-        return state, _storage.load(state.nu)
+        return state, _storage.read(state.nu).value
 
     state = jax.vmap(tx.init)(gradients[0])._replace(count=counts)
     kept = jax.jit(lambda s, g: jax.lax.scan(step, s, g)[1])(state, gradients)
@@ -164,6 +164,7 @@ GRADIENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.999])
 @pytest.mark.parametrize("kind", GRADIENTS)
 @pytest.mark.parametrize("state_dtype", NARROW)
@@ -185,6 +186,7 @@ def test_a_slow_average_follows(state_dtype):
         assert abs(kept[t].mean() / exact[t].mean() - 1) < 5 * SPREAD[state_dtype] / np.sqrt(COLUMNS)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_updates():
     kept, exact = follow(0.9999, normal((100_000, 32)), jnp.uint8)
     kept, exact = kept[20_000:], exact[20_000:]
@@ -225,21 +227,52 @@ def test_the_mean_step_is_a_little_longer(decay, kind, low, high):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_noise_is_uniform_and_independent(dtype):
-    bits = np.asarray(_storage._bits(normal((4096,), dtype).astype(jnp.float32)))
+    gradients = normal((4096,), dtype).astype(jnp.float32)
 
-    def noise(salt):
-        a, b = np.asarray(jax.vmap(lambda count: jnp.stack(_storage.seeds(count, salt)))(jnp.arange(1, 257))).T
-        assert (a % 2 == 1).all()
-        assert len(set(b)) == 256
-        return ((bits * a[:, None] + b[:, None]) >> np.uint32(10)) / 2**22 - 0.5
+    def noise(slot):
+        bits = jax.vmap(lambda count: _storage.noise(_storage.seeds(count, slot), gradients))(jnp.arange(1, 257))
+        return (np.asarray(bits) >> np.uint32(10)) / 2**22 - 0.5
 
-    rows, others = noise(0), noise(1)
+    rows, others = noise("nu"), noise("mu")
     sigma = 1 / np.sqrt(12 * 256)  # of a mean over the updates, which are independent for sure
     assert abs(rows.mean()) < 5 * sigma
     assert abs(rows.mean(0)).max() < 5 * sigma
     assert abs(rows.var() * 12 - 1) < 0.02
     for pair in (rows[1:] * rows[:-1], rows * others, rows[:, 1:] * rows[:, :-1]):  # updates, slots, neighbours
         assert abs(pair.mean() * 12) < 0.02
+
+
+def test_every_update_and_slot_has_its_own_seeds():
+    pairs = [
+        jax.vmap(lambda c, slot=slot: _storage.seeds(c, slot))(jnp.arange(1, 3001)) for slot in ("nu", "mu", "trace")
+    ]
+    a, b = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    assert (a % 2 == 1).all()
+    # b is a permutation of the counts, so equal values mean equal seeds; a has lost a bit to being odd.
+    assert len(set(b)) == len(b)
+    assert len(set(a)) > len(a) - 20
+    assert not set(a) & set(b)
+
+
+@pytest.mark.parametrize("others", [{}, {"centered": True}])
+def test_a_slot_is_rounded_by_its_own_seeds_whatever_else_is_on(others):
+    # With an average of one that never moves u is g, and with a rate of 1 the buffer is g, too, before it is rounded.
+    g, first = normal((512,)), jnp.int32(1)
+
+    def expected(slot, exact):
+        return _storage.to_bfloat16(exact, _storage.noise(_storage.seeds(first, slot), g))
+
+    sgd = {"decay": 1.0, "eps": 0.0, "initial_scale": 1.0}
+    tx = rmsprop(1.0, **sgd, momentum=0.5, state_dtype=jnp.bfloat16, **others)
+    _, state = tx.update(g, tx.init(g))
+    np.testing.assert_array_equal(state.trace, expected("trace", g))
+    assert (state.trace != expected("nu", g)).any()
+    tx = rmsprop(1.0, 0.5, momentum=0.5, state_dtype=jnp.bfloat16, **others)
+    _, state = tx.update(g, tx.init(g))
+    if others:
+        np.testing.assert_array_equal(state.mu, expected("mu", 0.5 * g))
+    else:
+        np.testing.assert_array_equal(state.nu, expected("nu", 0.5 * g * g))
 
 
 # --- Which element gets which noise -------------------------------------------------------------------
@@ -299,6 +332,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
 @pytest.mark.parametrize("state_dtype", NARROW)
@@ -349,6 +383,7 @@ def test_momentum_in_bfloat16_goes_on_to_the_end():
 @pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])
 @pytest.mark.parametrize("state_dtype", NARROW)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.slow
 def test_nan_and_inf_are_not_hidden_and_apply_if_finite_restores(options, state_dtype, bad):
     params = jnp.ones(3)
     tx = rmsprop(1e-3, state_dtype=state_dtype, **options)
@@ -419,7 +454,7 @@ def test_inject_hyperparams_takes_it_as_a_string():
     updates, state = tx.update(params, tx.init(params))
     assert state.inner_state.nu.dtype == jnp.uint8
     assert (updates < 0).all()
-    with pytest.raises(ValueError, match=r"state_dtype is an array.*inject_hyperparams, as strings"):
+    with pytest.raises(ValueError, match=r"state_dtype is an array.*inject_hyperparams, write them as strings"):
         optax.inject_hyperparams(rmsprop)(learning_rate=0.1, state_dtype=jnp.uint8).init(params)
 
 
@@ -428,8 +463,9 @@ def test_inject_hyperparams_takes_it_as_a_string():
 def test_every_dialect_has_it(dialect, state_dtype):
     rate = next(iter(inspect.signature(dialect).parameters))
     state = dialect(**{rate: 0.1}, state_dtype=state_dtype).init(jnp.ones((3, 2)))
-    assert state.nu.dtype == state_dtype
-    assert dialect(**{rate: 0.1}).init(jnp.ones((3, 2))).nu.dtype == jnp.float32
+    assert optax.tree.get(state, "nu").dtype == state_dtype
+    state = dialect(**{rate: 0.1}).init(jnp.ones((3, 2)))
+    assert optax.tree.get(state, "nu").dtype == jnp.float32
 
 
 def test_bytes_of_a_state():
@@ -495,7 +531,7 @@ def test_interop_writes_values_and_not_codes():
     np.testing.assert_allclose(arrays["w_momentum"], values(state.trace["w"]), rtol=1e-6)
     optax_tx = optax.rmsprop(0.1, momentum=0.9, centered=True)
     theirs = interop.to_optax(state, optax_tx.init(params))
-    np.testing.assert_allclose(interop._parts(theirs, "nu")[0]["w"], second, rtol=1e-6)
+    np.testing.assert_allclose(theirs[0].nu["w"], second, rtol=1e-6)
     narrow = interop.from_rmsprop(interop.from_optax(theirs), tx.init(params))
     assert isinstance(narrow, RMSPropState)
     assert narrow.nu["w"].dtype == jnp.uint8
@@ -504,6 +540,7 @@ def test_interop_writes_values_and_not_codes():
 # --- Training -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("state_dtype", NARROW)
 def test_trains_the_digits_as_float32_does(state_dtype, scale):
