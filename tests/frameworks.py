@@ -6,12 +6,15 @@ trajectories (`golden/make.py`) and the live tests both read these rows.
 
 import importlib
 import importlib.util
+import inspect
 import itertools
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.example_libraries.optimizers as jax_examples
 import jax.numpy as jnp
 import numpy as np
@@ -80,33 +83,42 @@ def bitsandbytes_class():
     return bitsandbytes.optim.RMSprop32bit
 
 
+# Two tensors, so that a norm of each is another one than that of both.
+SPLIT = 24
+
+
 def run_keras(arguments, rates):
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
-    p = keras.Variable(START)
+    arguments = dict(arguments)
+    excluded = arguments.pop("exclude", None)
+    parts = [keras.Variable(part) for part in np.split(START, [SPLIT])]
     optimizer = keras.optimizers.RMSprop(float(rates[0]), **arguments)
-    optimizer.build([p])
-    out = []
+    if excluded is not None:
+        optimizer.exclude_from_weight_decay([parts[excluded]])
+    optimizer.build(parts)
+    out = [START]
     for t, rate in enumerate(rates):
         optimizer.learning_rate = float(rate)
-        optimizer.apply([keras.ops.convert_to_tensor(gradient(np.asarray(p), t))], [p])
-        out.append(np.array(p))
-    return np.stack(out)
+        pieces = np.split(gradient(out[-1], t) * arguments.get("loss_scale_factor", 1), [SPLIT])
+        optimizer.apply([keras.ops.convert_to_tensor(g) for g in pieces], parts)
+        out.append(np.concatenate([np.array(p) for p in parts]))
+    return np.stack(out[1:])
 
 
 def tf_like(make: Callable[..., Callable[[Any, Any], Any]]):
     def run(arguments, rates):
         import tensorflow as tf
 
-        p, rate = tf.Variable(START), tf.Variable(rates[0])
+        parts, rate = [tf.Variable(part) for part in np.split(START, [SPLIT])], tf.Variable(rates[0])
         apply = make(rate, **arguments)
-        out = []
+        out = [START]
         for t, value in enumerate(rates):
             rate.assign(value)
-            apply(tf.constant(gradient(p.numpy(), t)), p)
-            out.append(p.numpy().copy())
-        return np.stack(out)
+            apply([tf.constant(g) for g in np.split(gradient(out[-1], t), [SPLIT])], parts)
+            out.append(np.concatenate([part.numpy() for part in parts]))
+        return np.stack(out[1:])
 
     return run
 
@@ -115,21 +127,21 @@ def make_tf_keras(rate, **arguments):
     import tf_keras
 
     optimizer = tf_keras.optimizers.legacy.RMSprop(lambda: rate, **arguments)
-    return lambda g, p: optimizer.apply_gradients([(g, p)])
+    return lambda gs, ps: optimizer.apply_gradients(list(zip(gs, ps, strict=True)))
 
 
 def make_tensorflow1(rate, **arguments):
     import tensorflow as tf
 
     optimizer = tf.compat.v1.train.RMSPropOptimizer(lambda: rate, **arguments)
-    return lambda g, p: optimizer.apply_gradients([(g, p)])
+    return lambda gs, ps: optimizer.apply_gradients(list(zip(gs, ps, strict=True)))
 
 
 def make_sonnet(rate, **arguments):
     import sonnet
 
     optimizer = sonnet.optimizers.RMSProp(rate, **arguments)
-    return lambda g, p: optimizer.apply([g], [p])
+    return lambda gs, ps: optimizer.apply(gs, ps)
 
 
 def run_paddle(arguments, rates):
@@ -156,7 +168,7 @@ def run_mindspore(arguments, rates):
     optimizer = mindspore.nn.RMSProp(parts, learning_rate=[float(r) for r in rates], **arguments)
     out = [START]
     for t in range(len(rates)):
-        g = gradient(out[-1], t)
+        g = gradient(out[-1], t) * arguments.get("loss_scale", 1)
         optimizer(tuple(mindspore.Tensor(g[i]) for i in pieces))
         out.append(np.concatenate([part.asnumpy() for part in parts]))
     return np.stack(out[1:])
@@ -174,6 +186,48 @@ def run_mlx(arguments, rates):
         p = optimizer.apply_gradients({"p": mx.array(gradient(np.array(p["p"]), t))}, p)
         out.append(np.array(p["p"]))
     return np.stack(out)
+
+
+def run_dreamer(arguments, rates):
+    """DreamerV3's own transforms, from a checkout that DREAMERV3 names, in the chain that its agent makes."""
+    arguments = {**inspect.signature(inspect.unwrap(dialects.dreamer)).parameters, **arguments}
+    default = lambda name: getattr(arguments[name], "default", arguments[name])  # noqa: E731
+    file = pathlib.Path(os.environ["DREAMERV3"]) / "embodied" / "jax" / "opt.py"
+    source = file.read_text().replace("from . import", "import types; internal = nets = nj = types.SimpleNamespace() #")
+    names: dict[str, Any] = {}
+    source = source.replace("import ninjax as nj", "nj = __import__('types').SimpleNamespace(Module=object)")
+    source = source.replace("internal = nets = nj =", "internal = nets =")
+    exec(compile(source, str(file), "exec"), names)
+    lr, warmup, anneal = float(rates.max()), default("warmup"), default("anneal")
+    schedule = {
+        "const": lambda: optax.constant_schedule(lr),
+        "linear": lambda: optax.linear_schedule(lr, 0.1 * lr, anneal - warmup),
+        "cosine": lambda: optax.cosine_decay_schedule(lr, anneal - warmup, 0.1 * lr),
+    }[default("schedule")]()
+    if warmup:
+        schedule = optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), schedule], [warmup])
+    wd = default("wd")
+    tx = optax.chain(
+        names["clip_by_agc"](default("agc")),
+        names["scale_by_rms"](default("beta2"), default("eps")),
+        names["scale_by_momentum"](default("beta1"), default("nesterov")),
+        *([optax.add_decayed_weights(wd, {"a/kernel": True, "b": False})] if wd else []),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return trajectory(in_two(tx, "a/kernel", "b"))
+
+
+def in_two(tx: Any, first: str = "0", second: str = "1") -> optax.GradientTransformationExtraArgs:
+    """A transformation of the whole vector by one of its two parts."""
+
+    def split(x):
+        return None if x is None else dict(zip((first, second), jnp.split(x, [SPLIT]), strict=True))
+
+    def update(updates, state, params=None):
+        updates, state = tx.update(split(updates), state, split(params))
+        return jnp.concatenate([updates[first], updates[second]]), state
+
+    return optax.with_extra_args_support(optax.GradientTransformation(lambda params: tx.init(split(params)), update))
 
 
 def run_optax(arguments, rates):
@@ -204,6 +258,7 @@ class Framework(NamedTuple):
     run: Callable[[dict[str, Any], np.ndarray], np.ndarray]
     dialect: Callable[..., optax.GradientTransformationExtraArgs]
     calls: list[dict[str, Any]]
+    parts: tuple[str, str] | None = None  # names of the two tensors, where more than one matters
 
 
 def combinations(*axes: dict[str, Any], **common: Any) -> list[dict[str, Any]]:
@@ -230,6 +285,8 @@ FRAMEWORKS = {
             *combinations(MOMENTUM, {"decoupled_decay": True}, eps=1e-3, **DECAY),
             {**MOMENTUM, "lr_in_momentum": False},
             {"alpha": 0.99},
+            {"decoupled_decay": True, "corrected_weight_decay": True, **DECAY, **MOMENTUM},
+            {"corrected_weight_decay": True, **DECAY},
         ],
     ),
     "stable-baselines3": Framework(
@@ -248,13 +305,29 @@ FRAMEWORKS = {
         ("keras", "jax"),
         run_keras,
         dialects.keras,
-        [*combinations(MOMENTUM, CENTERED, DECAY, epsilon=1e-3), {"rho": 0.99}],
+        [
+            *combinations(MOMENTUM, CENTERED, DECAY, epsilon=1e-3),
+            {"rho": 0.99},
+            *({clip: 2.0, "epsilon": 1e-3} for clip in ("clipnorm", "clipvalue", "global_clipnorm")),
+            {"loss_scale_factor": 8.0, "clipnorm": 2.0, "epsilon": 1e-3},
+            *combinations(MOMENTUM, {"global_clipnorm": 2.0, **DECAY}, epsilon=1e-3, gradient_accumulation_steps=3),
+            {"exclude": 1, **DECAY, "epsilon": 1e-3},
+        ],
+        ("0", "1"),
     ),
     "tf-keras": Framework(
         ("tf-keras", "tensorflow"),
         tf_like(make_tf_keras),
         dialects.tf_keras,
-        [*combinations(MOMENTUM, CENTERED, epsilon=1e-3), {"rho": 0.99}, {"epsilon": 0.0}],
+        [
+            *combinations(MOMENTUM, CENTERED, epsilon=1e-3),
+            {"rho": 0.99},
+            {"epsilon": 0.0},
+            *({clip: 2.0, "epsilon": 1e-3} for clip in ("clipnorm", "clipvalue", "global_clipnorm")),
+            {"clipvalue": 0.5, "clipnorm": 2.0, "epsilon": 1e-3},
+            {"decay": 0.01, **MOMENTUM},
+        ],
+        ("0", "1"),
     ),
     "tensorflow": Framework(
         ("tensorflow",),
@@ -278,9 +351,22 @@ FRAMEWORKS = {
         ("mindspore",),
         run_mindspore,
         dialects.mindspore,
-        [*combinations(MOMENTUM, CENTERED, DECAY, epsilon=1e-3), {}],
+        [*combinations(MOMENTUM, CENTERED, DECAY, epsilon=1e-3), {}, {"loss_scale": 8.0, **DECAY, "epsilon": 1e-3}],
     ),
     "mlx": Framework(("mlx",), run_mlx, dialects.mlx, [{"eps": 1e-3}, {}, {"alpha": 0.9}]),
+    "dreamerv3": Framework(
+        ("optax", "jax"),
+        run_dreamer,
+        dialects.dreamer,
+        [
+            {},
+            {"warmup": 0, "agc": 0.0},
+            {"warmup": 20, "nesterov": True, "wd": 0.1, "wdregex": "kernel$"},
+            {"warmup": 20, "schedule": "linear", "anneal": 150, "beta2": 0.99},
+            {"warmup": 20, "schedule": "cosine", "anneal": 150, "eps": 1e-3, "agc": 0.01},
+        ],
+        ("a/kernel", "b"),
+    ),
     "optax": Framework(
         ("optax", "jax"),
         run_optax,
@@ -297,7 +383,19 @@ SCHEDULES = {"constant": CONSTANT, "schedule": RATES}
 
 def ours(framework: Framework, arguments: dict[str, Any], rates: np.ndarray) -> np.ndarray:
     """The dialect's trajectory; a maximizing one sees the gradients that the framework sees."""
-    return trajectory(framework.dialect(lambda count: jnp.asarray(rates)[count], **arguments))
+    arguments = dict(arguments)
+    scale = arguments.get("loss_scale_factor", arguments.get("loss_scale", 1))
+    if arguments.get("corrected_weight_decay"):
+        arguments["max_lr"] = float(rates.max())
+    if "exclude" in arguments:
+        arguments["weight_decay_mask"] = {part: i != arguments["exclude"] for i, part in enumerate(framework.parts)}
+        del arguments["exclude"]
+    rate = float(rates.max()) if framework.dialect is dialects.dreamer else lambda count: jnp.asarray(rates)[count]
+    tx = framework.dialect(rate, **arguments)
+    tx = in_two(tx, *framework.parts) if framework.parts else tx
+    # optax.MultiSteps mixes dtypes.
+    with jax.numpy_dtype_promotion("standard" if "gradient_accumulation_steps" in arguments else "strict"):
+        return trajectory(tx, grads=lambda p, t: scale * grads(p, t))
 
 
 def case_name(arguments: dict[str, Any], schedule: str) -> str:
@@ -314,6 +412,8 @@ def is_here(name):
     """Whether a framework is installed, or must be: .ci/run names those whose absence is a failure."""
     if name in os.environ.get("RMSPROP_JAX_LIVE", "").split():
         return True
+    if name == "dreamerv3":  # not on PyPI
+        return "DREAMERV3" in os.environ
     try:
         return all(importlib.metadata.version(d) for d in FRAMEWORKS[name].distributions)
     except importlib.metadata.PackageNotFoundError:

@@ -42,7 +42,7 @@ def write_resume(name, versions):
         np.savez_compressed(file, versions=np.array(json.dumps(versions)), **arrays)
 
 
-for name in sys.argv[1:]:
+def write(name):
     framework = FRAMEWORKS[name]
     arrays = {}
     for case, arguments, rates in cases(framework):
@@ -56,3 +56,8 @@ for name in sys.argv[1:]:
     if name in resume.SOURCES:
         write_resume(name, versions)
     print(name, versions, len(arrays), "cases")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        write(name)
