@@ -1,13 +1,15 @@
 """RMSProp for JAX, exact in every dialect: one Optax gradient transformation."""
 
-from importlib.metadata import version
-
 from . import dialects as dialects, interop as interop
 from ._rmsprop import (
     rmsprop as rmsprop,
     RMSPropState as RMSPropState,
     scale_by_rms as scale_by_rms,
 )
+from ._rounding import (
+    round_params_stochastically as round_params_stochastically,
+    RoundParamsState as RoundParamsState,
+)
 
 
-__version__ = version("rmsprop_jax")
+__version__ = "0.2.0"
