@@ -2,9 +2,10 @@
 
 import argparse
 import functools
+import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,23 +19,16 @@ from . import dialects, rmsprop
 try:
     from flax import nnx
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
-    from sklearn.datasets import load_digits
+
+    from ._digits import BATCH, batches, Digits, IMAGES, initial, load, TEST
 except ImportError as error:
     sys.exit(f'python -m rmsprop_jax needs {str(error.name).partition(".")[0]}: pip install "rmsprop_jax[demo]"')
 
 
-BATCH = 64
-TEST = 360  # of the 1,797 images, a fifth
 LEARNING_RATE = 3e-3
-
-
-class Digits(NamedTuple):
-    """Images of shape (n, 8, 8, 1) in [0, 1] and their labels of shape (n,)."""
-
-    images: jax.Array
-    labels: jax.Array
 
 
 class Run(NamedTuple):
@@ -46,47 +40,6 @@ class Run(NamedTuple):
     test_accuracy: float
     seconds_per_step: float  # median, with the compilation left out
     state_bytes: int  # of the whole optimizer state
-
-
-class ConvNet(nnx.Module):
-    """Two convolutions and two dense layers: 38,282 parameters."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        """Draws the initial weights from `rngs`."""
-        self.conv1 = nnx.Conv(1, 16, (3, 3), rngs=rngs)
-        self.conv2 = nnx.Conv(16, 32, (3, 3), rngs=rngs)
-        self.dense1 = nnx.Linear(4 * 4 * 32, 64, rngs=rngs)
-        self.dense2 = nnx.Linear(64, 10, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """From images (n, 8, 8, 1) to logits (n, 10)."""
-        x = nnx.relu(self.conv1(images))
-        x = nnx.max_pool(nnx.relu(self.conv2(x)), (2, 2), strides=(2, 2))
-        x = nnx.relu(self.dense1(x.reshape(len(x), -1)))
-        return self.dense2(x)
-
-
-def load(seed: int) -> tuple[Digits, Digits]:
-    """The digits of scikit-learn (its package brings them along), shuffled: training and test part."""
-    bunch: Any = load_digits()
-    order = np.random.default_rng(seed).permutation(len(bunch.images))
-    images = (bunch.images[order, :, :, None] / 16).astype(np.float32)
-    labels = bunch.target[order].astype(np.int32)
-    parts = (slice(TEST, None), slice(TEST))
-    train, test = (Digits(jnp.asarray(images[part]), jnp.asarray(labels[part])) for part in parts)
-    return train, test
-
-
-def batches(n: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
-    """Indices of shape (BATCH,), each example at most once an epoch."""
-    rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        yield from rng.permutation(n)[: n - n % BATCH].reshape(-1, BATCH)
-
-
-def initial(seed: int) -> tuple[Any, Any]:
-    """The network's structure, and its first parameters."""
-    return nnx.split(ConvNet(nnx.Rngs(seed)), nnx.Param)
 
 
 def train(
@@ -177,10 +130,12 @@ def plot(runs: dict[str, Run], file: str) -> None:
 
 
 def families() -> dict[str, dict[str, Any]]:
-    """The dialects that are one program, and its options: the same numbers for all, momentum where they have it."""
+    """The dialects that share a program, with its options: the same numbers for all, momentum where they have it."""
     numbers = {"decay": 0.9, "eps": 1e-3}
     found: dict[tuple[Any, ...], list[str]] = {}
     for dialect, row in zip(dialects.DIALECTS, dialects.table(), strict=True):
+        if dialect is dialects.dreamer:  # more than a call of `rmsprop`
+            continue
         momentum = {"momentum": 0.9} if row["momentum"] else {}
         options = dialects.options(dialect, **momentum) | numbers | {"weight_decay": None, "decoupled": False}
         del options["learning_rate"]
@@ -190,44 +145,67 @@ def families() -> dict[str, dict[str, Any]]:
 
 def compare(epochs: int, seed: int, console: Console) -> None:
     """Prints the table of dialects, and how far apart they end."""
-    table = Table(title="What a dialect's call comes to")
-    rows = dialects.table()
-    for column in rows[0]:
-        table.add_column(column, no_wrap=column == "dialect")
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+    show(console, "What the call of a dialect stands for", dialects.table())
 
-    steps = epochs * ((1797 - TEST) // BATCH)
+    steps = number_of_steps(epochs)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 5e-4, steps // 20, steps)
     start = np.concatenate([np.ravel(x) for x in jax.tree.leaves(initial(seed)[1])])
 
-    def end(tx: optax.GradientTransformation) -> tuple[np.ndarray, Run]:
+    def end(tx: optax.GradientTransformation) -> tuple[np.ndarray, str]:
         run = train(tx, epochs, seed)
-        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(run.params)]), run
+        loss = f"{run.losses[-20:].mean():.4f}"
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(run.params)]), loss
 
-    table = Table(title=f"{steps} steps on the digits, all with decay 0.9, eps 1e-3, the same schedule and start")
-    for column in ("dialects", "momentum", "from optax.rmsprop", "training loss"):
-        table.add_column(column)
+    rows: list[dict[str, str]] = []
     references: dict[Any, np.ndarray] = {}
     for names, options in families().items():
         momentum = options["momentum"]
         if momentum not in references:
-            references[momentum], run = end(optax.rmsprop(schedule, eps=1e-3, momentum=momentum))
-            table.add_row("optax.rmsprop", f"{momentum}", "0", f"{run.losses[-20:].mean():.4f}")
+            references[momentum], loss = end(optax.rmsprop(schedule, eps=1e-3, momentum=momentum))
+            rows.append(row_of("optax.rmsprop", momentum, "0", loss))
         theirs = references[momentum]
-        ours, run = end(rmsprop(schedule, **options))
+        ours, loss = end(rmsprop(schedule, **options))
         distance = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs - start)
-        table.add_row(names, f"{momentum}", f"{distance:.2%}", f"{run.losses[-20:].mean():.4f}")
-    console.print(table)
-    console.print("Distances are relative to how far Optax's run went. The smallest are rounding alone.")
+        rows.append(row_of(names, momentum, f"{distance:.2%}", loss))
+    show(console, f"{steps} steps on the digits: decay 0.9, eps 1e-3, the same schedule and start", rows)
+    console.print("Distances are relative to the distance that Optax's run travelled. The smallest are rounding alone.")
+
+
+def row_of(names: str, momentum: Any, distance: str, loss: str) -> dict[str, str]:
+    """A row of the second table."""
+    return {"dialects": names, "momentum": f"{momentum}", "from optax.rmsprop": distance, "training loss": loss}
+
+
+def show(console: Console, title: str, rows: Iterable[Mapping[str, str]]) -> None:
+    """Prints a table, or a list where the terminal is too narrow for one."""
+    rows = list(rows)
+    table = Table(title=title)
+    for i, column in enumerate(rows[0]):
+        numbers = all(row[column][:1].isdigit() for row in rows)
+        table.add_column(column, no_wrap=i == 0, justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*row.values())
+    if Measurement.get(console, console.options.update(width=1000), table).minimum <= console.width:
+        return console.print(table)
+    console.print(f"[bold]{title}[/bold]")
+    for row in rows:
+        name, *others = row.items()
+        console.print(f"[bold]{name[1]}[/bold]")
+        for column, text in others:
+            if text:
+                console.print(f"  {column}: {text}")
+
+
+def number_of_steps(epochs: int) -> int:
+    """Updates in so many passes over the training images."""
+    return epochs * ((IMAGES - TEST) // BATCH)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, trains with each optimizer, prints the table."""
     parser = argparse.ArgumentParser(
         prog="python -m rmsprop_jax",
-        description="Train a small convnet on the 1,797 handwritten digits of scikit-learn with RMSProp, "
+        description=f"Train a small convnet on the {IMAGES:,} handwritten digits of scikit-learn with RMSProp, "
         "and beside it with SGD, Adam and optax.rmsprop: same data, same seeds.",
     )
     parser.add_argument("--epochs", type=int, default=30, help="passes over the training images (default: 30)")
@@ -237,11 +215,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.epochs < 1:
         parser.error(f"--epochs={options.epochs}: allowed is 1 or more")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed={options.seed}: allowed is 0 to {2**32 - 1}")
+    if options.plot and options.dialects:
+        parser.error("--plot draws the optimizers' curves, not the dialects': leave out one of the two")
+    if options.plot:  # before the training, not after it
+        check_plot(parser, pathlib.Path(options.plot))
 
-    steps = options.epochs * ((1797 - TEST) // BATCH)
     console = Console()
     if options.dialects:
         return compare(options.epochs, options.seed, console)
+    steps = number_of_steps(options.epochs)
     columns = (
         TextColumn("{task.description:13}"),
         BarColumn(),
@@ -249,8 +233,6 @@ def main(arguments: list[str] | None = None) -> None:
         TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:4.0%}"),
         TimeRemainingColumn(),
     )
-    if options.plot:
-        pyplot()  # before the training, not after it
     runs = {}
     with Progress(*columns, console=console) as progress:
         for name, tx in optimizers(steps).items():
@@ -261,22 +243,31 @@ def main(arguments: list[str] | None = None) -> None:
 
             runs[name] = train(tx, options.epochs, options.seed, report)
 
-    table = Table(title=f"{steps} steps on {1797 - TEST} digits, tested on {TEST}")
-    table.add_column("optimizer")
-    for column in ("test accuracy", "test loss", "ms per step", "state, bytes"):
-        table.add_column(column, justify="right")
-    for name, run in runs.items():
-        table.add_row(
-            name,
-            f"{run.test_accuracy:.2%}",
-            f"{run.test_loss:.4f}",
-            f"{1e3 * run.seconds_per_step:.2f}",
-            f"{run.state_bytes:,}",
-        )
-    console.print(table)
+    rows = [
+        {
+            "optimizer": name,
+            "test accuracy": f"{run.test_accuracy:.2%}",
+            "test loss": f"{run.test_loss:.4f}",
+            "ms per step": f"{1e3 * run.seconds_per_step:.2f}",
+            "state, bytes": f"{run.state_bytes:,}",
+        }
+        for name, run in runs.items()
+    ]
+    show(console, f"{steps} steps on {IMAGES - TEST} digits, tested on {TEST}", rows)
     if options.plot:
         plot(runs, options.plot)
         console.print(f"The loss curves are in {options.plot}")
+
+
+def check_plot(parser: argparse.ArgumentParser, file: pathlib.Path) -> None:
+    """Fails where `plot` would fail at the end."""
+    formats = sorted(pyplot().figure().canvas.get_supported_filetypes())
+    if file.suffix.removeprefix(".").lower() not in formats:
+        parser.error(f"--plot={file}: allowed are the endings {', '.join(formats)}")
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        parser.error(f"--plot={file}: {error.strerror}")
 
 
 if __name__ == "__main__":

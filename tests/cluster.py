@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from rmsprop_jax import rmsprop
-from rmsprop_jax.__main__ import batches, initial, load
+from rmsprop_jax._digits import batches, initial, load
 
 
 def arguments() -> argparse.Namespace:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from rmsprop_jax import rmsprop
-from rmsprop_jax.__main__ import Digits, load
+from rmsprop_jax._digits import Digits, load
 
 
 BOTH = ("data", "model")

@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 from rich.progress import track
 
-from rmsprop_jax import __main__ as demo, rmsprop
+from rmsprop_jax import _digits, rmsprop
 
 
 SEEDS = range(3)
@@ -43,8 +43,8 @@ class Problem(NamedTuple):
 
 
 def digits() -> Problem:
-    train, test = demo.load(0)
-    graph, _ = demo.initial(0)
+    train, test = _digits.load(0)
+    graph, _ = _digits.initial(0)
 
     def loss(params, batch):
         logits = nnx.merge(graph, params)(batch.images)
@@ -52,11 +52,11 @@ def digits() -> Problem:
         return value, (logits.argmax(-1) == batch.labels).mean()
 
     def batch(key):
-        index = jax.random.choice(key, len(train.labels), (demo.BATCH,), replace=False)
-        return demo.Digits(train.images[index], train.labels[index])
+        index = jax.random.choice(key, len(train.labels), (_digits.BATCH,), replace=False)
+        return _digits.Digits(train.images[index], train.labels[index])
 
     def init(key):
-        return nnx.state(demo.ConvNet(nnx.Rngs(key)), nnx.Param)
+        return nnx.state(_digits.ConvNet(nnx.Rngs(key)), nnx.Param)
 
     return Problem(init, batch, loss, test, steps=300, learning_rate=1e-3)
 
