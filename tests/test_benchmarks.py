@@ -18,6 +18,9 @@ import speed
 import training
 
 
+pytestmark = pytest.mark.slow
+
+
 def test_shapes_are_those_of_the_networks():
     for layout, leaves, size in (("ResNet-50", 161, 25_557_032), ("GPT-2 small", 148, 124_439_808)):
         shapes = speed.LAYOUTS[layout]()

@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent / "benchmarks"))
 import meshes
 
 
-pytestmark = pytest.mark.usefixtures("users_climate")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("users_climate")]
 
 # eps above what rounding makes of a gradient that cancels: without it a last bit decides where such an element steps.
 EPS = 1e-5
@@ -76,7 +76,7 @@ def assert_one_devices(values, name):
     np.testing.assert_allclose(values[:8], alone[:8], rtol=at_first)
     np.testing.assert_allclose(values, alone, rtol=later)
     assert values[0] > 2.3
-    assert values[-1] < 0.45
+    assert values[-1] < values[0] / 3
 
 
 # What Explicit axes change is types, and those do not depend on the options.

@@ -10,6 +10,10 @@ import sys
 import time
 
 import numpy as np
+import pytest
+
+
+pytestmark = pytest.mark.slow
 
 
 PROGRAM = pathlib.Path(__file__).parent / "cluster.py"
@@ -76,8 +80,7 @@ def test_four_processes_train_as_one(tmp_path):
     for a, b in zip(runs[0], alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     assert len(losses) == STEPS
-    assert losses[0] > 2.2
-    assert np.mean(losses[-5:]) < 0.4
+    assert np.mean(losses[-5:]) < losses[0] / 4
 
 
 def test_a_killed_job_ends_as_if_nothing_had_happened(tmp_path):
