@@ -538,7 +538,7 @@ def _fill(collected: _Collected, like: Any, same_options: bool) -> Any:
         elif all(_equal(value, found[0][1]) for _, value in found):
             where, value = found[0]
         else:
-            problems.append(f"state has {len(found)} different values for the {places[key]} places like {location}")
+            problems.append(f"state has {len(found)} values for {location}, which differ")
             return x
         return _like(value, x) if same_shape(value, x, where) else x
 

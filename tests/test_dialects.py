@@ -318,6 +318,18 @@ def test_calls_that_a_framework_refuses_too():
             make(**{flag: "yes"})
 
 
+def test_dreamer_clips_a_whole_tensor_by_its_norm_or_a_thousandth():
+    (clip,) = inspect.unwrap(dialects.dreamer)(agc=0.25).before
+    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.3, 0.4]), "c": None}
+    params = {"a": jnp.array([0.0, 2.0]), "b": jnp.zeros(2), "c": jnp.ones(1)}
+    clipped, _ = clip.update(grads, clip.init(params), params)
+    np.testing.assert_allclose(clipped["a"], [0.3, 0.4], rtol=1e-6)  # 5 comes down to 0.25 · 2
+    np.testing.assert_allclose(clipped["b"], [1.5e-4, 2e-4], rtol=1e-6)  # 0.5 comes down to 0.25 · 0.001
+    assert clipped["c"] is None
+    small = {"a": 1e-3 * grads["a"], "b": 1e-4 * grads["b"], "c": None}
+    np.testing.assert_array_equal(clip.update(small, (), params)[0]["a"], small["a"])
+
+
 def test_threads_do_not_see_each_other():
     """`options` looks at data: nothing is patched while another thread builds its optimizer."""
     stop = threading.Event()

@@ -381,6 +381,27 @@ def test_groups_that_have_counted_differently():
         interop.from_rmsprop(state, rmsprop(0.1).init(PARAMS))
 
 
+def test_counters_that_differ_between_groups_are_not_guessed():
+    labels = {"body": "a", "head": "b"}
+
+    def scheduled():
+        return optax.chain(rmsprop(0.1), optax.scale_by_schedule(lambda count: 1.0))
+
+    groups = optax.partition({"a": scheduled(), "b": scheduled()}, labels)
+    state = groups.init(PARAMS)
+    like = scheduled().init(PARAMS)
+    assert interop.from_rmsprop(state, like)[1].count == 0
+    other = state.inner_states["b"].inner_state
+    state.inner_states["b"] = state.inner_states["b"]._replace(
+        inner_state=(other[0], other[1]._replace(count=jnp.int32(5)))
+    )
+    with pytest.raises(ValueError, match=r"state has 2 values for \[1\]\.count, which differ"):
+        interop.from_rmsprop(state, like)
+    # In the same groups each keeps its own.
+    same = interop.from_rmsprop(state, groups.init(PARAMS))
+    assert [same.inner_states[label].inner_state[1].count for label in "ab"] == [0, 5]
+
+
 @pytest.mark.usefixtures("users_climate")
 def test_averages_that_would_be_lost_are_named():
     with pytest.raises(ValueError, match=r"state also holds \[1\]\.ema\['body'\].*like has no place for it"):
@@ -482,6 +503,8 @@ def test_convert_must_use_every_accumulator_once():
         interop.from_pytorch(whole, ["a", "b"], lambda x: [x["a"], x["a"]])
     with pytest.raises(ValueError, match=r"convert leaves out, or changes the values of, \['a'\]"):
         interop.from_pytorch(whole, ["a", "b"], lambda x: [x["a"] - 1, x["b"]])
+    with pytest.raises(ValueError, match=r"convert leaves out, or changes the values of, \['a'\]"):
+        interop.from_pytorch(whole, ["a", "b"], lambda x: [x["a"][:1], x["b"]])
     # A tied weight may go to two places, and weights may be split, joined and cast.
     tied = interop.from_pytorch(whole, ["a", "b"], lambda x: [x["a"], x["b"], x["a"]])
     assert [float(x[0]) for x in tied.nu] == [1, 2, 1]

@@ -84,6 +84,12 @@ def test_the_ends_of_the_range(noise):
     assert [float(x) for x in stored([np.inf, -np.inf, 0.0], jnp.bfloat16, noise)] == [np.inf, -np.inf, 0.0]
 
 
+def test_bfloat16_saturates_what_float32_cannot_hold(x64):
+    kept = _storage.to_bfloat16(jnp.array([1e300, -1e300, jnp.nan]), np.uint32(0))
+    largest = float(jnp.finfo(jnp.float32).max) / 2
+    np.testing.assert_allclose(np.asarray(kept, np.float64), [largest, -largest, np.nan], rtol=0.01)
+
+
 @pytest.mark.parametrize("state_dtype", NARROW)
 def test_float64_saturates(x64, state_dtype):
     tx = rmsprop(0.1, 0.5, momentum=0.5, state_dtype=state_dtype)
