@@ -756,11 +756,12 @@ def _import(
     convert: Convert | None,
     count: int,
     params: Any,
+    stepped: Iterable[str] = (),
     unstepped: Sequence[str] = (),
     first: float = 0.0,
 ) -> RMSPropState:
     """A state from arrays by our slots and by the weights' names; `foreign` has the slots' own names."""
-    names = sorted(set[str]().union(*slots.values()))
+    names = sorted(set(stepped).union(*slots.values()))
     lacking = {foreign[slot]: [name for name in names if name not in arrays] for slot, arrays in slots.items()}
     lacking = {slot: missing for slot, missing in lacking.items() if missing}
     if lacking or not names:
@@ -784,7 +785,7 @@ def _import(
 
     _check_convert(converted, slots["nu"])
     # What does not train has no state.
-    wanted = jax.tree.map(lambda p: p if jnp.issubdtype(jnp.result_type(p), jnp.inexact) else None, params)
+    wanted = jax.tree.map(lambda p: p if jnp.issubdtype(getattr(p, "dtype", type(p)), jnp.inexact) else None, params)
     shapes = {path: np.shape(p) for path, p in _by_path(wanted).items()}
 
     def tree(slot: str) -> Any:
@@ -879,13 +880,16 @@ def _from_torch(
         slots[slot] = {}
         for key, name in name_of.items():
             entry = entries.get(key)
-            if entry and PYTORCH[slot] in entry and wanted(group_of[key]):
-                slots[slot][name] = _array(entry[PYTORCH[slot]])
-            elif entry and not wanted(group_of[key]):
+            if not entry or PYTORCH["nu"] not in entry:
+                continue
+            if not wanted(group_of[key]):
                 slots[slot][name] = np.zeros(_array(entry[PYTORCH["nu"]]).shape)
+            elif PYTORCH[slot] in entry:
+                slots[slot][name] = _array(entry[PYTORCH[slot]])
+    stepped = [name for key, name in name_of.items() if entries.get(key)]
     unstepped = [name for key, name in name_of.items() if not entries.get(key)]
     count = max((int(_array(entry.get("step", 0))) for entry in entries.values() if entry), default=0)
-    return _import(slots, PYTORCH, convert, count, params, unstepped, first)
+    return _import(slots, PYTORCH, convert, count, params, stepped, unstepped, first)
 
 
 def _torch_names(groups: Sequence[Mapping[str, Any]], stepped: Sequence[Any], names: Any) -> dict[Any, str]:

@@ -477,6 +477,11 @@ def test_groups_with_other_momentum_and_centering():
     np.testing.assert_allclose(updates["a"], -0.1 / (np.sqrt(0.99 * 1 + 0.01) + 1e-8), rtol=1e-6)
     np.testing.assert_allclose(updates["b"], -0.1 * (4.5 + 1 / np.sqrt(0.99 * 2 + 0.01)), rtol=1e-6)
     np.testing.assert_allclose(updates["c"], -0.1 / np.sqrt(0.99 * 3 + 0.01 - (0.99 * 0.5 + 0.01) ** 2), rtol=1e-6)
+    no_average = {**entries, 0: {"step": np.float32(3)}}
+    with pytest.raises(ValueError, match=r"lacks {'square_avg': \['a'\]"):
+        interop.from_pytorch(checkpoint(groups, no_average), ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"lacks {'square_avg': \['a'\]}"):
+        interop.from_pytorch(checkpoint([group([0, 1])], {0: {"step": 3}, 1: entry(1.0)}), ["a", "b"])
     del entries[1]["momentum_buffer"]
     with pytest.raises(ValueError, match=r"lacks {'momentum_buffer': \['b'\]}"):
         interop.from_pytorch(checkpoint(groups, entries), ["a", "b", "c"])
