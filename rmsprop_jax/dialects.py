@@ -396,8 +396,8 @@ def stable_baselines3(
 ) -> Row:
     """Stable Baselines 3's `RMSpropTFLike`: average from 1, ε inside the root, but PyTorch's buffer.
 
-    A2C uses it only when told to (`use_rms_prop` with `RMSpropTFLike` in `policy_kwargs`). By default A2C
-    is :func:`pytorch` with alpha=0.99 and eps=1e-5.
+    A2C uses it only with `policy_kwargs=dict(optimizer_class=RMSpropTFLike)`. By default A2C is
+    :func:`pytorch` with alpha=0.99 and eps=1e-5.
 
     References:
         stable_baselines3/common/sb2_compat/rmsprop_tf_like.py, 2.9.2.

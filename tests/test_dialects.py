@@ -400,6 +400,12 @@ def test_a_mask_that_inject_hyperparams_called_is_refused(mask):
         make(learning_rate=0.1, weight_decay=0.1, weight_decay_mask=mask).init({"w": jnp.ones((2, 2))})
 
 
+def test_a_mask_beside_a_decay_of_zero():
+    # As in a sweep over decays.
+    tx = dialects.pytorch(weight_decay=0.0, weight_decay_mask=lambda params: params)
+    np.testing.assert_array_equal(trajectory(tx, steps=3), trajectory(dialects.pytorch(), steps=3))
+
+
 def test_a_mask_of_other_things_than_booleans():
     params = {"w": jnp.ones(2)}
     for mask in ({"w": 1}, {"w": jnp.array(True)}, {"w": "yes"}):
