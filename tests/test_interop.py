@@ -155,11 +155,12 @@ def half_way(key):
         return params, state, runner(key)(params, state, jnp.arange(100, 200))[0]
 
 
-@pytest.mark.parametrize("target", EVERY_TX, ids=", ".join)
-@pytest.mark.parametrize("source", EVERY_TX, ids=", ".join)
+# From Optax's to Optax's nothing is converted.
+PAIRS = [(a, b) for a in EVERY_TX for b in EVERY_TX if "ours" in (a[0], b[0])]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda key: ", ".join(key))
 def test_a_run_goes_on_in_another_wrapper(source, target):
-    if source[0] == target[0] == "Optax's":
-        return
     convert = {"ours": interop.from_rmsprop, "Optax's": interop.from_optax}[source[0]]
     convert = interop.to_optax if target[0] == "Optax's" else convert
     params, state, end = half_way(source)
