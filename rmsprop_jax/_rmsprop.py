@@ -245,7 +245,7 @@ class _Numbers(NamedTuple):
     decay_power: jax.Array  # ρᵗ
     one_minus_power: jax.Array  # 1 - ρᵗ
     eps: jax.Array
-    nonzero_eps: jax.Array  # 1 for an ε of 0
+    nonzero_eps: jax.Array  # what divides where the average is 0: ε, or 1 for an ε of 0
     momentum: jax.Array | None
     weight_decay: jax.Array | None
 
@@ -290,7 +290,8 @@ class _Rule:
             # An average that never moves, at ρ = 1, has no bias.
             one_minus_power=_one_for_zero(1 - decay_power),
             eps=eps,
-            nonzero_eps=_one_for_zero(eps),
+            # The largest g that is not clipped, divided by this, is finite.
+            nonzero_eps=jnp.where(eps == 0, 1, jnp.maximum(eps, float(tiny) ** 0.5)),
             momentum=hyperparameters["momentum"],
             weight_decay=hyperparameters["weight_decay"],
         )
@@ -323,12 +324,12 @@ class _Rule:
         nu_hat = second_moment / c.one_minus_power if self.bias_correction else second_moment
 
         # Where the denominator is 0, which takes ε = 0, g is divided by 1: an update of 0 for a gradient
-        # of 0. NaN is not 0, and passes. The selects keep the zero out of the root and the quotient, so
-        # that derivatives of any order are finite.
+        # of 0. Subnormal numbers count as 0 on every machine, as they do on some. NaN passes. The selects
+        # keep the zero out of the root and the quotient, so that derivatives of any order are finite.
         if self.eps_in_sqrt:
             u = g / jnp.sqrt(_one_for_zero(nu_hat + c.eps))
         else:
-            u = jnp.where(nu_hat == 0, g / c.nonzero_eps, g / (jnp.sqrt(_one_for_zero(nu_hat)) + c.eps))
+            u = jnp.where(_is_zero(nu_hat), g / c.nonzero_eps, g / (jnp.sqrt(_one_for_zero(nu_hat)) + c.eps))
         # Adds 0, but NaN for the inf that clipping hid. A `where`, here or on g itself, makes XLA's CPU
         # backend three times slower.
         u = u + (grad - grad)
@@ -346,7 +347,11 @@ class _Rule:
 
 
 def _one_for_zero(x: jax.Array) -> jax.Array:
-    return jnp.where(x == 0, 1, x)
+    return jnp.where(_is_zero(x), 1, x)
+
+
+def _is_zero(x: jax.Array) -> jax.Array:
+    return x < jnp.finfo(x.dtype).tiny
 
 
 def _clip(g: jax.Array, limit: np.floating) -> jax.Array:
