@@ -94,7 +94,7 @@ def rmsprop(
         decoupled: shrink p by αλ directly (as AdamW does), instead of adding λp to g.
         state_dtype: how ν is kept: `None` as it is computed, in 4 bytes; `jnp.bfloat16` in 2;
             `jnp.uint8` in 1. Both are rounded stochastically, so ν is right in the mean. A uint8 code
-            is one of 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...} up to 2³⁸, which resolves |g| from 3e-14 to 4e5.
+            is one of 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...} up to 1.5 · 2³⁷, which resolves |g| from 3e-14 to 4e5.
             Its noise is 0.15 to 0.45 of ν, whatever the decay, and makes steps 1 to 7 percent longer
             in the mean. `centered` and `momentum` then keep their averages in bfloat16, or in
             complex64 for complex parameters. Derivatives do not pass through a rounded state.

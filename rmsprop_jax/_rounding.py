@@ -26,8 +26,8 @@ def round_params_stochastically() -> optax.GradientTransformationExtraArgs:
         u ← p' - p
 
     with probabilities that make the mean of p' equal to p + u. :func:`optax.apply_updates` then lands on p':
-    exactly if p' is between p/2 and 2p, and within two units in the last place otherwise, where a bfloat16 u
-    may not hold the difference. An update of zero changes no bit. NaN and inf pass.
+    exactly if p' is between p/2 and 2p, and within three units in the last place otherwise, where a bfloat16
+    u may not hold the difference. An update of zero changes no bit. NaN and inf pass.
 
     The random bits are a hash of the bits of p and of u and of the number of the update. There is no key, and
     the same parameters, updates and step give the same result on any layout of devices. Elements with
@@ -35,7 +35,7 @@ def round_params_stochastically() -> optax.GradientTransformationExtraArgs:
     average out against each other.
 
     Updates keep their dtype. Leaves that are not bfloat16 pass through: float32 does not need this, and
-    float16 has too few exponents to keep parameters in. Float32 updates of bfloat16 parameters need
+    the range of float16 is too small to keep parameters in it. Float32 updates of bfloat16 parameters need
     JAX's standard dtype promotion in :func:`optax.apply_updates`.
 
     Returns:

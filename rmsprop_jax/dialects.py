@@ -186,7 +186,7 @@ def dreamer(
 
     :func:`optax.adaptive_grad_clip` clips by units, not by tensors, and gives other numbers. The learning
     rate rises linearly over `warmup` updates, and is then constant, or falls until update `anneal`:
-    linearly to a tenth, or along a cosine to `0.1 * lr` *of itself*, as DreamerV3 has it. A schedule
+    linearly to `0.1 * lr`, or along a cosine to `0.1 * lr**2`, as DreamerV3 has it. A schedule
     for `lr` is multiplied by that shape. `wdregex` is searched in the path of a parameter, with "/" between
     keys; `weight_decay_mask` takes its place. DreamerV3 never reads `momentum`.
 
@@ -204,9 +204,9 @@ def dreamer(
     _refuse("momentum", momentum, True, "DreamerV3 takes it and never reads it: beta1=0 turns the average off")
     if schedule not in ("const", "linear", "cosine"):
         raise ValueError(f"schedule={schedule!r}: allowed are 'const', 'linear' and 'cosine'")
-    if schedule == "const":
-        _refuse("anneal", anneal, 0, "it needs schedule='linear' or 'cosine'", traced=True)
-    elif not (_traced(anneal) or _traced(warmup)) and not anneal > warmup:
+    if schedule == "const" and not _traced(anneal):
+        _refuse("anneal", anneal, 0, "it needs schedule='linear' or 'cosine'")
+    elif schedule != "const" and not (_traced(anneal) or _traced(warmup)) and not anneal > warmup:
         raise ValueError(f"anneal={anneal!r}: with schedule={schedule!r} it must be larger than warmup={warmup!r}")
 
     def rate(count: Any) -> Any:
@@ -881,9 +881,9 @@ def _steps(name: str, value: Any) -> int | None:
     return int(value)
 
 
-def _refuse(name: str, value: Any, neutral: Any, remedy: str, traced: bool = False) -> None:
-    """Raises unless the value is None or `neutral`; a traced one only where it could not be said before."""
-    if value is None or (_traced(value) and traced) or value is neutral:
+def _refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:
+    """Raises unless the value is None or `neutral`. One that may be traced cannot be compared."""
+    if value is None or value is neutral:
         return
     if _traced(value) or _traced(neutral):
         raise ValueError(

@@ -443,7 +443,7 @@ def _collect(state: Any) -> _Collected:
             continue
         absent = {location: jax.tree.map(lambda _: optax.MaskedNode(), s.nu) for location, s in states.items()}
         trees[slot] = _merge({k: absent[k] if tree is None else tree for k, tree in found.items()}, slot)
-    return _Collected(RMSPropState(counts[0] if counts else None, **trees), others)  # pyright: ignore
+    return _Collected(RMSPropState(counts[0] if counts else None, **trees), others)  # pyright: ignore[reportArgumentType]
 
 
 def _bare(collected: _Collected) -> RMSPropState:

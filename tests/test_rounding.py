@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from problems import train_digits
 
 from rmsprop_jax import _storage, rmsprop, round_params_stochastically, RoundParamsState
 
@@ -67,23 +68,21 @@ def test_from_zero_it_lands_on_the_update(sign):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_many_steps_far_below_one_unit_add_up(dtype):
-    """10⁴ steps of 1/100 of a unit, with parameters that differ: the variance is that of a walk, and no more."""
-    n, steps, start = 512, 10_000, 1 + jnp.arange(512) / 1024
-    params = start.astype(jnp.bfloat16)
-    move = 2.0**-7 / 100
+    """10⁴ steps of 1/100 of a unit, from 64 values between 1 and 1.5: the variance is that of a walk, and no more."""
+    steps, move = 10_000, 2.0**-7 / 100
+    start = (1 + jnp.arange(64) / 128).astype(jnp.bfloat16)
 
     def step(carry, _):
         params, state = carry
-        changed, state = ROUND.update(jnp.full(n, move, dtype), state, params)
+        changed, state = ROUND.update(jnp.full(64, move, dtype), state, params)
         return (optax.apply_updates(params, changed), state), None
 
-    (end, state), _ = jax.jit(lambda p: jax.lax.scan(step, (p, ROUND.init(p)), None, length=steps))(params)[0], None
+    (end, state), _ = jax.jit(lambda p: jax.lax.scan(step, (p, ROUND.init(p)), None, length=steps))(start)
     assert state.step == steps
-    way = (np.asarray(end, np.float64) - np.asarray(params, np.float64)) / (float(jnp.asarray(move, dtype)) * steps)
-    # 100 units are travelled; each unit is waited for, so the relative deviation of one walk is about 1/√100, and
-    # half of that where a unit is twice as large, above 2. Equal parameters (64 values here) walk together until they part.
+    way = (np.asarray(end, np.float64) - np.asarray(start, np.float64)) / (float(jnp.asarray(move, dtype)) * steps)
+    # Each walk waits for 100 units, or for fewer that are twice as large above 2: a relative deviation of about 0.1.
     assert abs(way.mean() - 1) < 5 * 0.1 / np.sqrt(64)
-    assert 0.03 < way.std() < 0.15
+    assert 0.03 < way.std() < 0.2
 
 
 def test_noise_is_uniform_and_independent():
@@ -279,42 +278,11 @@ def test_nnx_and_equinox():
 @pytest.mark.slow
 @pytest.mark.parametrize("state_dtype", [None, jnp.uint8])
 def test_three_bytes_train_the_digits_as_float32_does(state_dtype):
-    """Two layers at a rate at which rounding to nearest loses most steps; three seeds at once."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images, labels = jnp.asarray(bunch.data / 16, jnp.float32), jnp.asarray(bunch.target)
-
-    def losses(tx, dtype):
-        def loss(params, index):
-            params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-            logits = jax.nn.relu(images[index] @ params["w"] + params["b"][None]) @ params["v"]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]).mean()
-
-        def run(key):
-            kw, kv, kb = jax.random.split(key, 3)
-            params = {
-                "w": jax.random.normal(kw, (64, 128)) / 8,
-                "b": jnp.zeros(128),
-                "v": jax.random.normal(kv, (128, 10)) / 11,
-            }
-            params = jax.tree.map(lambda p: p.astype(dtype), params)
-
-            def step(carry, key):
-                params, state = carry
-                index = jax.random.randint(key, (64,), 0, len(labels))
-                updates, state = tx.update(jax.grad(loss)(params, index), state, params)
-                return (optax.apply_updates(params, updates), state), None
-
-            (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jax.random.split(kb, 500))
-            return loss(params, jnp.arange(len(labels)))
-
-        return np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 3)))
-
+    """At a rate at which rounding to nearest loses most steps."""
     inner = rmsprop(5e-5, decay=0.99, state_dtype=state_dtype)
-    full = losses(rmsprop(5e-5, decay=0.99), jnp.float32).mean()
-    nearest = losses(inner, jnp.bfloat16).mean()
-    ours = losses(optax.chain(inner, ROUND), jnp.bfloat16).mean()
+    full = train_digits(rmsprop(5e-5, decay=0.99), 500, 128).mean()
+    nearest = train_digits(inner, 500, 128, jnp.bfloat16).mean()
+    ours = train_digits(optax.chain(inner, ROUND), 500, 128, jnp.bfloat16).mean()
     # Nearest is far behind; ours is where float32 is, to within a tenth of that gap. (One byte of ν makes steps a few
     # percent longer, and here that is further.)
     assert nearest > full + 0.2

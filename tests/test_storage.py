@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import example, given, settings, strategies as st
+from problems import train_digits
 
 from rmsprop_jax import _storage, dialects, interop, rmsprop, RMSPropState, scale_by_rms
 
@@ -551,40 +552,12 @@ def test_interop_writes_values_and_not_codes():
 @pytest.mark.parametrize("state_dtype", NARROW)
 def test_trains_the_digits_as_float32_does(state_dtype, scale):
     """A network of two layers, three seeds at once; tests/benchmarks/training.py has the larger ones."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images, labels = jnp.asarray(bunch.data / 16, jnp.float32), jnp.asarray(bunch.target)
 
     def losses(state_dtype):
-        tx = rmsprop(lambda count: 3e-3 * (1 - count.astype(jnp.float32) / 400), 0.99, eps=0.0, state_dtype=state_dtype)
-
-        def loss(params, index):
-            hidden = jax.nn.relu(images[index] @ params["w"] + params["b"][None])
-            logits = hidden @ params["v"]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]).mean()
-
-        def run(key):
-            kw, kv, kb = jax.random.split(key, 3)
-            params = {
-                "w": jax.random.normal(kw, (64, 64)) / 8,
-                "b": jnp.zeros(64),
-                "v": jax.random.normal(kv, (64, 10)) / 8,
-            }
-
-            def step(carry, key):
-                params, state = carry
-                index = jax.random.randint(key, (64,), 0, len(labels))
-                grads = jax.grad(lambda p: scale * loss(p, index))(params)
-                updates, state = tx.update(grads, state, params)
-                return (optax.apply_updates(params, updates), state), None
-
-            (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jax.random.split(kb, 400))
-            return loss(params, jnp.arange(len(labels)))
-
-        return np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 3)))
+        rate = lambda count: 3e-3 * (1 - count.astype(jnp.float32) / 400)  # noqa: E731
+        return train_digits(rmsprop(rate, 0.99, eps=0.0, state_dtype=state_dtype), 400, scale=scale)
 
     full, narrow = losses(None), losses(state_dtype)
-    assert full.max() < 0.15
+    assert full.max() < np.log(10) / 10
     # Within the spread of the seeds, and a loss that starts at 2.3 never more than 0.01 off.
     assert abs(narrow.mean() - full.mean()) < max(3 * full.std(), 0.01)
