@@ -22,10 +22,11 @@ def round_params_stochastically() -> optax.GradientTransformationExtraArgs:
     when they are rounded to nearest, and training stands still. This transformation comes last in a
     chain, behind any optimizer. It replaces each update u of a bfloat16 parameter p by::
 
-        p' = p + u in float32, rounded to one of its two bfloat16 neighbours
+        p' = p + u, rounded to one of its two bfloat16 neighbours
         u ← p' - p
 
-    with probabilities that make the mean of p' equal to p + u. :func:`optax.apply_updates` then lands on p':
+    with probabilities that make the mean of p' equal to p + u, down to steps of a millionth of p's last place, which
+    float32 parameters would lose. :func:`optax.apply_updates` then lands on p':
     exactly if p' is between p/2 and 2p, and within three units in the last place otherwise, where a bfloat16
     u may not hold the difference. An update of zero changes no bit. NaN and inf pass.
 
@@ -95,6 +96,11 @@ def _update(updates: optax.Updates, state: Any, params: optax.Params) -> tuple[o
 @jax.jit
 def _round_array(seed: _storage.Seed, u: jax.Array, p: jax.Array) -> jax.Array:
     start, move = p.astype(jnp.float32), u.astype(jnp.float32)
-    end = _storage.to_bfloat16(start + move, _storage.noise(seed, start, move)).astype(jnp.float32)
+    total = start + move
+    # What float32 loses of the sum, exactly (TwoSum, Knuth): all of a step below 1e-5 of the last place of p.
+    moved = total - start
+    rest = (start - (total - moved)) + (move - moved)
+    rest = jnp.where(jnp.isfinite(rest), rest, 0)
+    end = _storage.to_bfloat16(total, _storage.noise(seed, start, move), rest).astype(jnp.float32)
     # -0 is the number that changes nothing when it is added, not even -0; and inf - inf is NaN.
     return jnp.where(end == start, -0.0, end - start).astype(u.dtype)

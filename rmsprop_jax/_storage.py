@@ -163,14 +163,31 @@ def store(x: jax.Array, dtype: DTypeLike, noise: Any) -> jax.Array:
     return to_bfloat16(x, noise) if dtype == jnp.bfloat16 else x.astype(dtype)
 
 
-def to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
-    """Rounds to one of the two bfloat16 neighbours of `x`. The mean over the noise is `x`."""
-    upper = (_bits(x) + (noise >> 16)) & np.uint32(0xFFFF0000)
+def to_bfloat16(x: jax.Array, noise: Any, rest: jax.Array | None = None) -> jax.Array:
+    """Rounds to one of the two bfloat16 neighbours of `x`. The mean over the noise is `x`, or `x + rest`.
+
+    `rest` is what float32 could not hold of `x`: at most half of its last place.
+    """
+    bits = _bits(x)
+    upper = bits + (noise >> 16)
+    if rest is not None:
+        upper = upper + _carry(bits, rest, noise)
+    upper = upper & np.uint32(0xFFFF0000)
     # The noise would carry NVIDIA's NaN, 0x7fffffff, over into -0. The select is of float32, and the
     # conversion comes last: XLA's CPU backend would widen a select of bfloat16, and recompute it from
     # the old state wherever it is read, which has to be copied for that.
     rounded = jax.lax.bitcast_convert_type(upper, jnp.float32)
     return jnp.where(jnp.isnan(x), x.astype(jnp.float32), rounded).astype(jnp.bfloat16)
+
+
+def _carry(bits: jax.Array, rest: jax.Array, noise: jax.Array) -> jax.Array:
+    """-1, 0 or 1 of the last place of a float32, so that the mean over the lower 16 bits of the noise is `rest`."""
+    # Bits grow away from zero. Just below a power of two, numbers are twice as close as above it.
+    outward = jnp.where(bits >> 31 == 1, -rest, rest)
+    outward = jnp.where((outward < 0) & (bits & 0x7FFFFF == 0), 2 * outward, outward)
+    one_over_size = jax.lax.bitcast_convert_type(np.uint32(0x7F000000) - (bits & 0x7F800000), jnp.float32)
+    places = jnp.floor(outward * one_over_size * np.float32(2.0 ** (23 + 16))).astype(jnp.int32)
+    return (((noise & 0xFFFF).astype(jnp.int32) + places) >> 16).astype(jnp.uint32)
 
 
 def _encode(x: jax.Array, noise: Any) -> jax.Array:

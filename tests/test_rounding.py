@@ -67,22 +67,71 @@ def test_from_zero_it_lands_on_the_update(sign):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_many_steps_far_below_one_unit_add_up(dtype):
-    """10⁴ steps of 1/100 of a unit, from 64 values between 1 and 1.5: the variance is that of a walk, and no more."""
-    steps, move = 10_000, 2.0**-7 / 100
+@pytest.mark.parametrize("steps", [10_000, 100_000])
+def test_many_steps_far_below_one_unit_add_up(steps, dtype):
+    """About 100 units in 10⁴ and 10⁵ steps, from 64 values between 1 and 1.5: the variance is that of a walk, and no more.
+
+    The updates differ a little: elements that meet with equal updates would go on together.
+    """
+    moves = (100 * 2.0**-7 / steps * (1 + jnp.arange(64) / 128)).astype(dtype)
     start = (1 + jnp.arange(64) / 128).astype(jnp.bfloat16)
 
     def step(carry, _):
         params, state = carry
-        changed, state = ROUND.update(jnp.full(64, move, dtype), state, params)
+        changed, state = ROUND.update(moves, state, params)
         return (optax.apply_updates(params, changed), state), None
 
     (end, state), _ = jax.jit(lambda p: jax.lax.scan(step, (p, ROUND.init(p)), None, length=steps))(start)
     assert state.step == steps
-    way = (np.asarray(end, np.float64) - np.asarray(start, np.float64)) / (float(jnp.asarray(move, dtype)) * steps)
+    way = (np.asarray(end, np.float64) - np.asarray(start, np.float64)) / (np.asarray(moves, np.float64) * steps)
     # Each walk waits for 100 units, or for fewer that are twice as large above 2: a relative deviation of about 0.1.
     assert abs(way.mean() - 1) < 5 * 0.1 / np.sqrt(64)
     assert 0.03 < way.std() < 0.2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-4])
+@pytest.mark.parametrize("start", [1.0, 1.5, -2.0, 3e-5])
+def test_steps_that_float32_loses_add_up(start, size, sign, dtype):
+    """A millionth of a unit is a tenth of float32's last place. 16 runs of 2¹⁴ steps, 512 elements: how many moved?"""
+    p = jnp.full(512, start, jnp.bfloat16)
+    u = jnp.asarray(sign * size * unit(float(p[0])) * (1 + np.arange(512) / 1024), dtype)
+
+    @jax.jit
+    def moved(first):
+        def step(total, t):
+            return total + (rounded(p, u, t).astype(jnp.float32) - p.astype(jnp.float32)), None
+
+        return jax.lax.scan(step, jnp.zeros(512), first + jnp.arange(2**14))[0]
+
+    total = sum(float(moved(first).sum()) for first in range(0, 16 * 2**14, 2**14))
+    exact = 16 * 2**14 * float(np.asarray(u, np.float64).sum())
+    # Below a power of two the unit, and with it the deviation, is half as large.
+    inward = sign * start < 0 and np.log2(abs(start)) % 1 == 0
+    gap = unit(float(p[0])) / (2 if inward else 1)
+    assert abs(total - exact) <= 5 * np.sqrt(gap * abs(exact))
+
+
+def test_equal_elements_with_equal_updates_stay_equal():
+    """As a layer's bias may have them: right in the mean over updates, but as uncertain as one element."""
+    moves = jnp.asarray([2.0**-7 / 100] * 1000)
+    ends = []
+
+    @jax.jit
+    def run(first):  # 1,000 steps, which make 10 units
+        def step(params, t):
+            return rounded(params, moves, t), None
+
+        return jax.lax.scan(step, jnp.ones(1000, jnp.bfloat16), first + jnp.arange(1000))[0]
+
+    for first in range(0, 64_000, 1000):
+        end = run(first)
+        assert (end == end[0]).all()
+        ends.append((float(end[0]) - 1) / 2.0**-7)
+    # A sum of 1,000 draws with a chance of 1/100: a standard deviation of 3.1.
+    assert abs(np.mean(ends) - 10) < 5 * 3.15 / np.sqrt(64)
+    assert 2.2 < np.std(ends) < 4.2
 
 
 def test_noise_is_uniform_and_independent():
