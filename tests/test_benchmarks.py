@@ -14,6 +14,9 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "benchmarks"))
 
+import reinforcement
+import report
+import signed_code
 import speed
 import training
 
@@ -32,14 +35,33 @@ def test_shapes_are_those_of_the_networks():
     ]
 
 
-def test_the_readme_quotes_what_was_printed():
-    here = pathlib.Path(__file__).parent
-    readme = (here.parent / "README.md").read_text()
-    content = json.loads((here / "benchmarks" / "results" / "cpu.json").read_text())
-    assert content["machine"] in readme
-    rows = content["updates"]
-    for table in (speed.time_table(rows), speed.cost_table(rows), content["outside jit"], content["sweep"]):
-        assert speed.markdown(table) in readme
+TABLES = {
+    "cpu": lambda c: [
+        *(speed.time_table(c["updates"]), speed.cost_table(c["updates"]), speed.steps_table(c["steps"])),
+        *(c["memory"], c["outside jit"], c["sweep"]),
+    ],
+    "training": lambda c: [training.evidence_table(c["evidence"])],
+    "reinforcement": lambda c: [c["table"]],
+    "signed_code": lambda c: [signed_code.table(c["signed code"])],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_of_numbers_quotes_what_was_printed(name):
+    here = pathlib.Path(__file__).parent / "benchmarks"
+    page = (here / "README.md").read_text()
+    content = json.loads((here / "results" / f"{name}.json").read_text())
+    assert content["machine"] in page
+    for table in TABLES[name](content):
+        assert report.markdown(table) in page
+
+
+def test_the_table_of_agents_is_that_of_their_curves():
+    content = json.loads((pathlib.Path(__file__).parent / "benchmarks" / "results" / "reinforcement.json").read_text())
+    assert reinforcement.table(content["reinforcement"]) == content["table"]
+
+
+PARTS = ("updates", "outside jit", "sweep")
 
 
 def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
@@ -47,7 +69,9 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "PREPARED", ("160 x 100k",))
     monkeypatch.setattr(speed, "is_here", lambda name: name in ("jax", "optax"))
     monkeypatch.setattr(speed, "sweep", functools.partial(speed.sweep, count=3, steps=2))
-    monkeypatch.setattr(sys, "argv", ["speed.py", "--seconds", "0.1", "--json", str(tmp_path / "out.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["speed.py", "--seconds", "0.1", "--json", str(tmp_path / "out.json"), "--parts", *PARTS]
+    )
     with jax.numpy_rank_promotion("allow"):  # Optax's and the sweep's scalars
         speed.main()
     content = json.loads((tmp_path / "out.json").read_text())
@@ -98,22 +122,86 @@ def test_the_fit_finds_what_it_was_made_of():
     assert fit["1e12 on 1024 devices"] == "0.977 GB, 2 s"
 
 
-def test_training_compares_equal_starts_and_batches(monkeypatch):
+@pytest.fixture
+def foreign_climate():
+    """Flax and gymnax promote ranks and dtypes."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_whole_steps_train(foreign_climate, monkeypatch):
+    monkeypatch.setattr(speed, "MODELS", {"small": lambda: speed.language(11, 8, 16, 2, 1, batch=2)})
+    rows = speed.training_steps(0.1, lambda: None)
+    assert [row["step"] for row in rows] == list(speed.trained())
+    assert {row["ratio"] for row in rows if row["step"] == "optax.rmsprop"} == {1.0}
+    table = speed.steps_table(rows)
+    assert "update" in table[-1]["small"]
+    assert "update" not in table[0]["small"]
+
+
+def test_memory_is_that_of_parameters_and_state(foreign_climate, monkeypatch):
+    language = speed.language
+    monkeypatch.setattr(speed, "language", lambda *_, batch: language(11, 8, 16, 2, 1, batch=batch))
+    held = {row["training step"]: row["parameters and state"] for row in speed.memory()}
+    for name, expected in {
+        "optax.adam": 12,
+        "optax.rmsprop": 8,
+        "ours, bfloat16 state": 6,
+        "ours, uint8 state": 5,
+    }.items():
+        assert expected <= held[name] < expected + 0.1  # and the batch
+    assert 3 <= held["ours, uint8 state, bfloat16 parameters"] < 3.1
+
+
+def test_the_grid_compares_equal_starts_and_batches(foreign_climate, monkeypatch):
     problem = training.digits()._replace(steps=2)
-    monkeypatch.setattr(training, "PROBLEMS", {"convnet": lambda: problem})
+    monkeypatch.setattr(training, "GRID", {"convnet": lambda: problem})
     monkeypatch.setattr(training, "DECAYS", (0.9,))
     monkeypatch.setattr(training, "SCALES", (1.0, 2.0**20))
     monkeypatch.setattr(training, "SEEDS", range(1))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Flax's
-        rows = training.compare(["convnet"], ["plain"])
-        again = training.runs(problem, lambda rate, decay: training.optax.rmsprop(rate, decay, eps=1.2e-38))(
-            0.9, 1.0, 0
-        )
+    rows = training.grid(["convnet"], ["plain"])
+    optax_rmsprop = training.optax.rmsprop
+    again = training.runs(problem, lambda rate, decay: optax_rmsprop(rate, decay, eps=1.2e-38))(0.9, 1.0, 0)
     losses = {(row["dtype"], row["scale"]): row["loss"] for row in rows}
     assert losses["float32", 1.0] == pytest.approx(again[0], rel=1e-4)
     # A power of two changes nothing but exponents; also in the codes.
     assert losses["float32", 2.0**20] == pytest.approx(losses["float32", 1.0], rel=1e-4)
     assert losses["uint8", 1.0] != losses["float32", 1.0]
-    (line,) = [x for x in training.summary(rows) if x["scale"] == 1.0]
+    (line,) = [x for x in training.grid_table(rows) if x["scale"] == 1.0]
     assert line["float32"].startswith(f"{losses['float32', 1.0]:.4f}")
-    assert training.markdown([line]).count("\n") == 2
+
+
+def test_the_evidence_counts_bytes_and_pairs_seeds(foreign_climate, monkeypatch):
+    monkeypatch.setattr(training, "EVIDENCE", {"digits": lambda: training.digits()._replace(steps=20)})
+    monkeypatch.setattr(training, "SEEDS", range(2))
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    rows = list(training.evidence(["digits"], None))
+    table = training.evidence_table(rows)
+    assert [round(line["bytes per parameter"]) for line in table] == [12, 8, 8, 6, 5, 6, 4, 3, 6, 4, 3]
+    ours = next(line for line in table if line["optimizer"] == "rmsprop")
+    assert ours["loss minus float32's"] == "+0.0000 ± 0.0000"
+    assert all(len(row["curve"]) == 20 for row in rows)
+
+
+def test_agents_learn_and_their_statistics_are_right(foreign_climate):
+    setting = reinforcement.SETTINGS["A2C, CartPole"]._replace(frames=40_000)
+    curves = reinforcement.train(setting, setting.dialects["pytorch"], 2)
+    assert curves.shape == (2, reinforcement.POINTS)
+    assert np.nanmean(curves[:, :5]) < 30 < reinforcement.last_tenth(curves).mean()
+    setting = reinforcement.SETTINGS["DQN, CartPole"]._replace(frames=2000)
+    assert np.isfinite(reinforcement.train(setting, setting.dialects["dqn"], 2)).any()
+    low, high = reinforcement.bootstrap(np.arange(100.0))
+    assert low == pytest.approx(49.5 - 1.96 * 2.887, abs=0.3)
+    assert high == pytest.approx(49.5 + 1.96 * 2.887, abs=0.3)
+    # Of 20 ways to part six values into threes, two are as far apart as these.
+    assert reinforcement.permutation(np.array([1.0, 2, 3]), np.array([4.0, 5, 6])) == pytest.approx(0.1, abs=0.01)
+    assert reinforcement.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_the_signed_code_is_right_in_the_mean():
+    x = jnp.array([-3e-13, 1e-3, -0.7, 100.0])
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    for mantissa, gaps in ((1, (2.0**-40, 2.0**-11, 2.0**-2, 2.0**5)), (2, (2.0**-24, 2.0**-12, 2.0**-3, 2.0**4))):
+        kept = np.asarray(jax.vmap(lambda key, m=mantissa: signed_code.through_code(x, m, key))(keys), np.float64)
+        np.testing.assert_array_less(np.abs(kept.mean(0) - np.asarray(x)), 5 * np.array(gaps) / 2 / np.sqrt(len(keys)))
+        assert (np.array([len(np.unique(column)) for column in kept.T]) <= 2).all()

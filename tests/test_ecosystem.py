@@ -1,4 +1,4 @@
-"""Inside other people's training loops: README's table of frameworks and wrappers, each line run as it stands."""
+"""Inside other people's training loops: the table of frameworks and wrappers in notebooks/README.md, line by line."""
 
 import pathlib
 import re
@@ -20,7 +20,7 @@ from rmsprop_jax._digits import load
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("users_climate")]
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+README = (pathlib.Path(__file__).parents[1] / "notebooks" / "README.md").read_text()
 LINES = dict(re.findall(r"^\| ([^|]+?) \| `([^|]+)` \| [^|]*\d+\.\d+[^|]* \|$", README, re.MULTILINE))
 NAMES = {"jax": jax, "jnp": jnp, "optax": optax, "nnx": nnx, "eqx": eqx, "TrainState": TrainState}
 OURS = {"dialects": dialects, "interop": interop, "rmsprop": rmsprop, "scale_by_rms": scale_by_rms}

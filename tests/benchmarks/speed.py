@@ -5,21 +5,18 @@ An update is `tx.update` and `optax.apply_updates` in one compiled step with par
 that changes; a ratio is the median over the rounds of a candidate's time divided by Optax's in that round, followed by
 the quartiles. Tracing (with lowering) and compiling take turns, too, each time with JAX's caches cleared; a first call
 takes both. The floor is the measured time of a program that reads four arrays and writes one: 20 bytes a parameter,
-what RMSProp in float32 must move. Needs jax and optax; takes torch, keras and bitsandbytes along where they are.
+what RMSProp in float32 must move. Takes torch, keras and bitsandbytes along where they are.
 
-Prints Markdown; `--json FILE` keeps every number. `--growth` adds how cost grows, `--layouts`, `--seconds` bound the
+Whole training steps (forward, backward, update) show what share of a step the update is, and the memory of a step of
+a model with 100 million parameters is read from the compiled program.
+
+Prints Markdown; `--json FILE` keeps every number. `--parts` picks what is measured, `--layouts` and `--seconds` bound the
 time. On a GPU as on a CPU.
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
-import importlib.util
-import json
 import os
-import pathlib
-import platform
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,14 +25,19 @@ from typing import Any, NamedTuple
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of the GPU's memory, too
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
+from report import is_here, Report
 from rich.console import Console
 from rich.progress import Progress
+from training import FashionNet, Transformer
 
-from rmsprop_jax import rmsprop
+from rmsprop_jax import rmsprop, round_params_stochastically
 
 
 Shapes = list[tuple[int, ...]]
@@ -72,6 +74,8 @@ LAYOUTS: dict[str, Callable[[], Shapes]] = {
     "16M": lambda: [(1 << 24,)],
     "160 x 100k": lambda: [(100_000,)] * 160,
     "1000 x 1k": lambda: [(1_000,)] * 1000,
+    "16M, odd": lambda: [(15_999_989,)],
+    "160 x 100k, odd": lambda: [(100_003,)] * 160,
     "ResNet-50": resnet50,
     "GPT-2 small": gpt2,
 }
@@ -184,7 +188,7 @@ def makers(layout: str, shapes: Shapes) -> dict[str, Callable[[], Candidate]]:
     result: dict[str, Callable[[], Candidate]] = {"floor": lambda: of_floor(shapes)}
     for variant, options in VARIANTS.items():
         if variant != "plain" and layout not in ("16M", "ResNet-50"):
-            continue
+            continue  # the odd sizes, too, are there for the plain update alone
         result[f"optax, {variant}"] = lambda options=options: of_jax(optax.rmsprop(RATE, **options), shapes, grads)
         for name, kind in STATE_DTYPES.items():
             result[f"ours {name}, {variant}"] = lambda options=options, kind=kind: of_jax(
@@ -199,10 +203,6 @@ def makers(layout: str, shapes: Shapes) -> dict[str, Callable[[], Candidate]]:
     if is_here("keras"):
         result["keras on jax, plain"] = lambda: of_keras(shapes, grads)
     return result
-
-
-def is_here(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 # --- Measuring ----------------------------------------------------------------------------------------
@@ -402,27 +402,155 @@ def at_scale(state_bytes: int, ms_per_parameter: float, parameters: float, devic
     return f"{state_bytes * share / 1e9:.3g} GB, {ms_per_parameter * share / 1e3:.2g} s"
 
 
+# --- Whole training steps -----------------------------------------------------------------------------
+
+
+class Model(NamedTuple):
+    """A loss of parameters and a batch, and their shapes."""
+
+    loss: Callable[[Any, Any], jax.Array]
+    params: Any
+    batch: Any
+
+
+def model(make: Callable[[nnx.Rngs], nnx.Module], inputs: Any, labels: tuple[int, ...]) -> Model:
+    graph = nnx.eval_shape(lambda: nnx.split(make(nnx.Rngs(0)), nnx.Param)[0])
+    params = jax.eval_shape(lambda: nnx.state(make(nnx.Rngs(0)), nnx.Param))
+
+    def loss(params, batch):
+        logits = nnx.merge(graph, params)(batch[0]).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    return Model(loss, params, (inputs, jax.ShapeDtypeStruct(labels, jnp.int32)))
+
+
+class MLP(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        sizes = (784, 2048, 2048, 2048, 10)
+        self.layers = nnx.List([nnx.Linear(m, n, rngs=rngs) for m, n in itertools.pairwise(sizes)])
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def language(vocabulary: int, length: int, width: int, heads: int, layers: int, batch: int) -> Model:
+    def make(rngs):
+        return Transformer(vocabulary, length, width, heads, layers, rngs)
+
+    return model(make, jax.ShapeDtypeStruct((batch, length), jnp.int32), (batch, length))
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "MLP, 10 M": lambda: model(MLP, jax.ShapeDtypeStruct((128, 784), jnp.float32), (128,)),
+    "convnet, .1 M": lambda: model(FashionNet, jax.ShapeDtypeStruct((128, 28, 28, 1), jnp.float32), (128,)),
+    "Transformer, 3 M": lambda: language(10_000, 64, 128, 4, 2, batch=8),
+}
+
+
+class Trained(NamedTuple):
+    """An optimizer, and the dtype of the parameters."""
+
+    tx: optax.GradientTransformation | None
+    params: Any = jnp.float32
+
+
+def trained() -> dict[str, Trained]:
+    result = {"gradients alone": Trained(None), "optax.adam": Trained(optax.adam(RATE))}
+    result |= {"optax.rmsprop": Trained(optax.rmsprop(RATE))}
+    result |= {f"ours, {name} state": Trained(rmsprop(RATE, state_dtype=kind)) for name, kind in STATE_DTYPES.items()}
+    three = optax.chain(rmsprop(RATE, state_dtype="uint8"), round_params_stochastically())
+    return result | {"ours, uint8 state, bfloat16 parameters": Trained(three, jnp.bfloat16)}
+
+
+def training_step(model: Model, candidate: Trained, arithmetic: Any = jnp.float32) -> tuple[Any, Any, Any]:
+    """The compiled step with parameters and state donated, and the shapes of both."""
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, candidate.params), model.params)
+    state = jax.eval_shape(candidate.tx.init, params) if candidate.tx else None
+
+    def step(params, state, batch):
+        def loss(params):
+            return model.loss(jax.tree.map(lambda x: x.astype(arithmetic), params), batch)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        if candidate.tx is None:
+            return grads, state, value
+        updates, state = candidate.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    donated = () if candidate.tx is None else (0, 1)
+    return jax.jit(step, donate_argnums=donated).lower(params, state, model.batch).compile(), params, state
+
+
+def training_steps(seconds: float, tick: Callable[[], None]) -> list[dict[str, Any]]:
+    rows = []
+    for name, make in MODELS.items():
+        model = make()
+        rng = np.random.default_rng(0)
+
+        def values(x, rng=rng):
+            if jnp.issubdtype(x.dtype, jnp.integer):
+                return jnp.asarray(rng.integers(0, 10, x.shape), x.dtype)
+            return jnp.asarray(rng.normal(size=x.shape) / max(x.shape[0], 1) ** 0.5, x.dtype)
+
+        batch = jax.tree.map(values, model.batch)
+        candidates = {}
+        for label, candidate in trained().items():
+            program, params, _ = training_step(model, candidate)
+            params = jax.tree.map(values, params)
+            held = [params, candidate.tx.init(params) if candidate.tx else None, None]
+
+            def step(program=program, held=held, batch=batch, update=candidate.tx is not None):
+                new = program(held[0], held[1], batch)
+                held[:] = new if update else [held[0], None, new]
+
+            candidates[label] = Candidate(step, lambda held=held: jax.block_until_ready(held), 0)
+        times = race(candidates, seconds, tick)
+        for label, series in times.items():
+            rows.append({"model": name, "step": label, "milliseconds": 1e3 * float(np.median(series))})
+            rows[-1] |= spread("ratio", "quartiles", series / times["optax.rmsprop"])
+            rows[-1] |= {"share": float(np.median(1 - times["gradients alone"] / series))}
+    return rows
+
+
+def steps_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Milliseconds, ratio to Optax's with quartiles, and the share of the step that the update takes."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    table = []
+    for label in dict.fromkeys(row["step"] for row in rows):
+        line = {"training step": label}
+        for name in models:
+            row = next(r for r in rows if (r["model"], r["step"]) == (name, label))
+            ratio = "{:.2f} ({:.2f}-{:.2f})".format(row["ratio"], *row["quartiles"])
+            share = "" if label == "gradients alone" else f", update {100 * row['share']:.0f} %"
+            line[name] = f"{row['milliseconds']:.3g} ms, {ratio}{share}"
+        table.append(line)
+    return table
+
+
+def memory() -> list[dict[str, Any]]:
+    """A whole step of a Transformer with 100 million parameters, in bytes per parameter, as the compiled program has it.
+
+    Arithmetic is in the parameters' dtype. One sequence of 128 tokens, so that activations are small.
+    """
+    model = language(10_000, 128, 768, 12, 12, batch=1)
+    size = sum(x.size for x in jax.tree.leaves(model.params))
+    rows = []
+    for label, candidate in trained().items():
+        if candidate.tx is None:
+            continue
+        program, *_ = training_step(model, candidate, candidate.params)
+        analysis = program.memory_analysis()
+        held = analysis.argument_size_in_bytes
+        beside = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        rows.append({"training step": label, "parameters": f"{size:,}", "parameters and state": held / size})
+        rows[-1] |= {"gradients and all else": beside / size, "peak": (held + beside) / size}
+        rows[-1] |= {"peak in MB": (held + beside) / 1e6}
+    return rows
+
+
 # --- Reporting ----------------------------------------------------------------------------------------
-
-
-def machine() -> str:
-    cpu = platform.processor()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((x.partition(": ")[2] for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
-    device = f"{os.cpu_count()} cores of {cpu}" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
-    packages = [name for name in ("jax", "optax", "torch", "keras", "bitsandbytes") if is_here(name)]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return f"{device}; {versions}; {datetime.date.today()}"
-
-
-def short(value: Any) -> str:
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(short(x) for x in row.values()) + " |" for row in rows)])
 
 
 def time_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -456,24 +584,18 @@ def cost_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+PARTS = ("updates", "steps", "memory", "outside jit", "sweep", "growth")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]), metavar="PART")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="LAYOUT")
     parser.add_argument("--seconds", type=float, default=30.0, help="of racing for each layout (default: 30)")
-    parser.add_argument("--growth", action="store_true", help="also how cost grows with leaves and parameters")
     parser.add_argument("--json", metavar="FILE", help="where to write every number")
     arguments = parser.parse_args()
-    content: dict[str, Any] = {"machine": machine()}
-    print(f"{machine()}\n", flush=True)
-
-    def report(name: str, rows: list[dict[str, Any]], *tables: list[dict[str, Any]]) -> None:
-        """Prints and writes at once: what is measured stays, whatever comes after."""
-        content[name] = rows
-        for table in tables or (rows,):
-            if table:
-                print(markdown(table) + "\n", flush=True)
-        if arguments.json:
-            pathlib.Path(arguments.json).write_text(json.dumps(content, indent=1))
+    report = Report(arguments.json, "flax", "torch", "keras", "bitsandbytes")
+    report.content["load"] = os.getloadavg()
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("racing", total=None)
@@ -481,19 +603,26 @@ def main() -> None:
         def tick() -> None:
             progress.advance(bar)
 
-        rows = []
-        for layout in arguments.layouts:
-            progress.update(bar, description=layout)
-            rows += updates(layout, arguments.seconds, tick)
-        report("updates", rows, time_table(rows), cost_table(rows))
-        progress.update(bar, description="outside jit")
-        report("outside jit", outside_jit(arguments.seconds / 4))
-        progress.update(bar, description="sweep")
-        report("sweep", sweep(arguments.seconds / 4))
-        if arguments.growth:
-            progress.update(bar, description="growth")
-            grown = growth(arguments.seconds, tick)
-            report("growth", grown, grown, fits(grown))
+        for part in arguments.parts:
+            progress.update(bar, description=part)
+            if part == "updates":
+                rows = []
+                for layout in arguments.layouts:
+                    progress.update(bar, description=layout)
+                    rows += updates(layout, arguments.seconds, tick)
+                report.add("updates", rows, time_table(rows), cost_table(rows))
+            elif part == "steps":
+                rows = training_steps(arguments.seconds, tick)
+                report.add("steps", rows, steps_table(rows))
+            elif part == "memory":
+                report.add("memory", memory())
+            elif part == "outside jit":
+                report.add("outside jit", outside_jit(arguments.seconds / 4))
+            elif part == "sweep":
+                report.add("sweep", sweep(arguments.seconds / 4))
+            else:
+                rows = growth(arguments.seconds, tick)
+                report.add("growth", rows, rows, fits(rows))
 
 
 if __name__ == "__main__":

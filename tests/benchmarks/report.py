@@ -1,0 +1,56 @@
+"""What the benchmarks share: the machine they ran on, Markdown tables, and JSON that is written at once."""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+
+def is_here(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def machine(*packages: str) -> str:
+    """The processor, versions and the date."""
+    cpu = platform.processor()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((x.partition(": ")[2] for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+    device = f"{os.cpu_count()} cores of {cpu}" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    names = [name for name in ("jax", "optax", *packages) if is_here(name)]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return f"{device}; {versions}; {datetime.date.today()}"
+
+
+def short(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(short(x) for x in row.values()) + " |" for row in rows)])
+
+
+class Report:
+    """Prints tables and writes every number to a file. What is measured stays, whatever comes after."""
+
+    def __init__(self, file: str | None, *packages: str):
+        self.content: dict[str, Any] = {"machine": machine(*packages)}
+        self.file = file
+        print(f"{self.content['machine']}\n", flush=True)
+
+    def add(self, name: str, rows: list[dict[str, Any]], *tables: list[dict[str, Any]]) -> None:
+        """Keeps `rows`, and prints `tables`, by default the rows."""
+        self.content[name] = rows
+        for table in tables or (rows,):
+            if table:
+                print(markdown(table) + "\n", flush=True)
+        if self.file:
+            pathlib.Path(self.file).write_text(json.dumps(self.content, indent=1))
