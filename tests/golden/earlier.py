@@ -1,7 +1,7 @@
 """Writes a checkpoint of the version of rmsprop_jax that is on the path, with Orbax, and where its runs end.
 
-    git worktree add /tmp/earlier v0.1.0
-    PYTHONPATH=/tmp/earlier python tests/golden/earlier.py tests/golden/checkpoint-0.1
+    git worktree add ../earlier v0.1.0
+    PYTHONPATH=../earlier python tests/golden/earlier.py tests/golden/checkpoint-0.1
 
 tests/test_checkpoints.py restores it with the present version.
 """
