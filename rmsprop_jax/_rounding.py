@@ -25,10 +25,10 @@ def round_params_stochastically() -> optax.GradientTransformationExtraArgs:
         p' = p + u, rounded to one of its two bfloat16 neighbours
         u ← p' - p
 
-    with probabilities that make the mean of p' equal to p + u, down to steps of a millionth of p's last place, which
-    float32 parameters would lose. :func:`optax.apply_updates` then lands on p':
-    exactly if p' is between p/2 and 2p, and within three units in the last place otherwise, where a bfloat16
-    u may not hold the difference. An update of zero changes no bit. NaN and inf pass.
+    with probabilities that make the mean of p' equal to p + u, down to steps of a millionth of p's last place,
+    which float32 parameters would lose. :func:`optax.apply_updates` then lands on p': exactly if p' is
+    between p/2 and 2p, and within three units in the last place otherwise, where a bfloat16 u may not hold
+    the difference. An update of zero changes no bit. NaN and inf pass.
 
     The random bits are a hash of the bits of p and of u and of the number of the update. There is no key, and
     the same parameters, updates and step give the same result on any layout of devices. Elements with

@@ -185,7 +185,8 @@ def _carry(bits: jax.Array, rest: jax.Array, noise: jax.Array) -> jax.Array:
     # Bits grow away from zero. Just below a power of two, numbers are twice as close as above it.
     outward = jnp.where(bits >> 31 == 1, -rest, rest)
     outward = jnp.where((outward < 0) & (bits & 0x7FFFFF == 0), 2 * outward, outward)
-    one_over_size = jax.lax.bitcast_convert_type(np.uint32(0x7F000000) - (bits & 0x7F800000), jnp.float32)
+    exponent = jnp.minimum(bits & 0x7F800000, 0x7F000000)  # inf has none
+    one_over_size = jax.lax.bitcast_convert_type(np.uint32(0x7F000000) - exponent, jnp.float32)
     places = jnp.floor(outward * one_over_size * np.float32(2.0 ** (23 + 16))).astype(jnp.int32)
     return (((noise & 0xFFFF).astype(jnp.int32) + places) >> 16).astype(jnp.uint32)
 

@@ -54,17 +54,16 @@ class Setting(NamedTuple):
     agent: str = "actor-critic"
 
 
-def with_uint8(name: str, **numbers: Any) -> Dialect:
-    return Dialect(lambda rate: getattr(dialects, name)(rate, **numbers, state_dtype=jnp.uint8))
+def fewer_bytes(eps: float) -> dict[str, Dialect]:
+    """PyTorch's dialect with ν in one byte, and with bfloat16 parameters, too."""
 
+    def narrow(rate):
+        return dialects.pytorch(rate, alpha=0.99, eps=eps, state_dtype=jnp.uint8)
 
-def with_three_bytes(name: str, **numbers: Any) -> Dialect:
-    def make(rate):
-        return optax.chain(
-            getattr(dialects, name)(rate, **numbers, state_dtype=jnp.uint8), round_params_stochastically()
-        )
+    def three(rate):
+        return optax.chain(narrow(rate), round_params_stochastically())
 
-    return Dialect(make, jnp.bfloat16)
+    return {"pytorch, uint8": Dialect(narrow), "pytorch, 3 bytes": Dialect(three, jnp.bfloat16)}
 
 
 def a2c(eps: float) -> dict[str, Dialect]:
@@ -89,9 +88,8 @@ SETTINGS = {
                 lambda rate: rmsprop(rate, 0.99, 1e-5, initial_scale=1.0, eps_in_sqrt=False)
             ),
             "pytorch, √ε": Dialect(lambda rate: dialects.pytorch(rate, alpha=0.99, eps=1e-5**0.5)),
-            "pytorch, uint8": with_uint8("pytorch", alpha=0.99, eps=1e-5),
-            "pytorch, 3 bytes": with_three_bytes("pytorch", alpha=0.99, eps=1e-5),
-        },
+        }
+        | fewer_bytes(1e-5),
     ),
     "IMPALA's numbers, Breakout": Setting(
         "Breakout-MinAtar",
@@ -119,9 +117,8 @@ SETTINGS = {
             "tensorflow1, 4 x the rate": Dialect(
                 lambda rate: dialects.tensorflow1(lambda count: 4 * rate(count), decay=0.99, epsilon=1e-5)
             ),
-            "pytorch, uint8": with_uint8("pytorch", alpha=0.99, eps=1e-5),
-            "pytorch, 3 bytes": with_three_bytes("pytorch", alpha=0.99, eps=1e-5),
-        },
+        }
+        | fewer_bytes(1e-5),
     ),
     "DQN, CartPole": Setting(
         "CartPole-v1",

@@ -464,8 +464,8 @@ def trained() -> dict[str, Trained]:
     return result | {"ours, uint8 state, bfloat16 parameters": Trained(three, jnp.bfloat16)}
 
 
-def training_step(model: Model, candidate: Trained, arithmetic: Any = jnp.float32) -> tuple[Any, Any, Any]:
-    """The compiled step with parameters and state donated, and the shapes of both."""
+def training_step(model: Model, candidate: Trained, arithmetic: Any = jnp.float32) -> tuple[Any, Any]:
+    """The compiled step with parameters and state donated, and the shapes of the parameters."""
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, candidate.params), model.params)
     state = jax.eval_shape(candidate.tx.init, params) if candidate.tx else None
 
@@ -480,7 +480,7 @@ def training_step(model: Model, candidate: Trained, arithmetic: Any = jnp.float3
         return optax.apply_updates(params, updates), state, value
 
     donated = () if candidate.tx is None else (0, 1)
-    return jax.jit(step, donate_argnums=donated).lower(params, state, model.batch).compile(), params, state
+    return jax.jit(step, donate_argnums=donated).lower(params, state, model.batch).compile(), params
 
 
 def training_steps(seconds: float, tick: Callable[[], None]) -> list[dict[str, Any]]:
@@ -497,7 +497,7 @@ def training_steps(seconds: float, tick: Callable[[], None]) -> list[dict[str, A
         batch = jax.tree.map(values, model.batch)
         candidates = {}
         for label, candidate in trained().items():
-            program, params, _ = training_step(model, candidate)
+            program, params = training_step(model, candidate)
             params = jax.tree.map(values, params)
             held = [params, candidate.tx.init(params) if candidate.tx else None, None]
 
@@ -540,7 +540,7 @@ def memory() -> list[dict[str, Any]]:
     for label, candidate in trained().items():
         if candidate.tx is None:
             continue
-        program, *_ = training_step(model, candidate, candidate.params)
+        program, _ = training_step(model, candidate, candidate.params)
         analysis = program.memory_analysis()
         held = analysis.argument_size_in_bytes
         beside = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
