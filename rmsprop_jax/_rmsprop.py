@@ -261,6 +261,7 @@ class _Rule:
     nesterov: bool = False
     lr_in_momentum: bool = True
     decoupled: bool = False
+    eps_may_be_zero: bool = True  # False spares a guard, and the time to compile it
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -319,7 +320,8 @@ class _Rule:
             nu = new["nu"] = nu.set(c.decay * nu.value + c.variance_gain * _abs_sq(g - mu.value))
             second_moment = nu.value + c.decay_power * _abs_sq(mu.value) if self.bias_correction else nu.value
         else:
-            nu = new["nu"] = nu.set(c.decay * nu.value + c.one_minus_decay * _abs_sq(g))
+            # |g|² is bounded by itself: clipped once more, g takes longer to compile.
+            nu = new["nu"] = nu.set(c.decay * nu.value + c.one_minus_decay * jnp.minimum(_abs_sq(grad), nu.largest))
             second_moment = nu.value
         nu_hat = second_moment / c.one_minus_power if self.bias_correction else second_moment
 
@@ -327,7 +329,8 @@ class _Rule:
         # of 0. Subnormal numbers count as 0 on every machine, as they do on some. NaN passes. The selects
         # keep the zero out of the root and the quotient, so that derivatives of any order are finite.
         if self.eps_in_sqrt:
-            u = g / jnp.sqrt(_one_for_zero(nu_hat + c.eps))
+            square = nu_hat + c.eps
+            u = g / jnp.sqrt(_one_for_zero(square) if self.eps_may_be_zero else square)
         else:
             u = jnp.where(_is_zero(nu_hat), g / c.nonzero_eps, g / (jnp.sqrt(_one_for_zero(nu_hat)) + c.eps))
         # Adds 0, but NaN for the inf that clipping hid. A `where`, here or on g itself, makes XLA's CPU
@@ -389,6 +392,8 @@ def _transformation(
         )
     decay = _number("decay", decay, upper=1.0)
     eps = _number("eps", eps)
+    known = not isinstance(eps, jax.Array)
+    rule = dataclasses.replace(rule, eps_may_be_zero=not known or bool(eps < jnp.finfo(jnp.float32).tiny))
 
     def hyperparameters(count: jax.Array) -> dict[str, Any]:
         rate = learning_rate

@@ -45,7 +45,7 @@ class Accumulator(NamedTuple):
 
     @property
     def largest(self) -> float:
-        """A bound that the square of each component of g must respect, so that an average of |g|² can be kept.
+        """A bound for |g|² and for the square of each component of g, so that an average can be kept.
 
         A uint8 code saturates. In a float an average of |g - μ|² over two components can reach 8 times
         the square of one, and rounded weights can add up to slightly more than one.
@@ -124,8 +124,8 @@ def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
 
 def seeds(count: jax.Array, purpose: str) -> Seed:
     """The a and b of `noise` for update number `count`. Another purpose, such as another slot, has others."""
-    x = count.astype(jnp.uint32) * np.uint32(2) + np.uint32(zlib.crc32(purpose.encode()))
-    return _mix(x) | 1, _mix(x + 1)
+    x = _once(count.astype(jnp.uint32)) * np.uint32(2) + np.uint32(zlib.crc32(purpose.encode()))
+    return _once(_mix(x) | 1), _once(_mix(x + 1))
 
 
 def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
@@ -149,6 +149,12 @@ def _mix(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
+
+
+def _once(x: jax.Array) -> jax.Array:
+    """`x`, computed once for all leaves. XLA would repeat what is cheap in the program of each of them."""
+    # A division is not cheap. The two largest numbers become 0 and 1, and all others stay as they are.
+    return x % np.uint32(0xFFFFFFFE)
 
 
 def _load(kept: jax.Array) -> jax.Array:
