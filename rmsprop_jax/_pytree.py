@@ -14,7 +14,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from . import _storage
 
@@ -23,6 +23,7 @@ class Slot(NamedTuple):
     """What a rule remembers of each parameter."""
 
     name: str
+    one_byte: DTypeLike  # what keeps it if a state of one byte is asked for
     non_negative: bool = False  # and therefore real, also for a complex parameter
 
 
@@ -75,7 +76,7 @@ def lift(
                     return None
                 dtype = _storage.compute_dtype(dtype)
                 dtype = _storage.real_dtype(dtype) if slot.non_negative else dtype
-                kept = _storage.kept_dtype(dtype, state_dtype, slot.non_negative)
+                kept = _storage.kept_dtype(dtype, state_dtype, slot.one_byte)
                 return _storage.full_like(param, initial.get(slot.name, 0.0), kept)
 
             return jax.tree.map_with_path(leaf, params)

@@ -96,8 +96,10 @@ def rmsprop(
             `jnp.uint8` in 1. Both are rounded stochastically, so ν is right in the mean. A uint8 code
             is one of 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...} up to 1.5 · 2³⁷, which resolves |g| from 3e-14 to 4e5.
             Its noise is 0.15 to 0.45 of ν, whatever the decay, and makes steps 1 to 7 percent longer
-            in the mean. `centered` and `momentum` then keep their averages in bfloat16, or in
-            complex64 for complex parameters. Derivatives do not pass through a rounded state.
+            in the mean. `momentum` keeps its buffer in as many bytes: with `jnp.uint8` in an int8 code,
+            ±2⁻²² · {0, 0.25, 0.5, 0.75, 1, 1.5, 2, ...} up to 896. `centered` keeps its mean in bfloat16
+            in both cases. Complex averages stay as they are computed. Derivatives do not pass through
+            a rounded state.
 
     Returns:
         A transformation whose state is an :class:`RMSPropState`. `update` is compiled once for a
@@ -271,8 +273,11 @@ class _Rule:
 
     @property
     def slots(self) -> tuple[_pytree.Slot, ...]:
-        used = {"nu": True, "mu": self.centered, "trace": self.momentum}
-        return tuple(_pytree.Slot(name, non_negative=name == "nu") for name, on in used.items() if on)
+        nu = _pytree.Slot("nu", one_byte=jnp.uint8, non_negative=True)
+        # In one byte a mean could not tell apart gradients that differ by less than half of it.
+        mu = (_pytree.Slot("mu", one_byte=jnp.bfloat16),) if self.centered else ()
+        trace = (_pytree.Slot("trace", one_byte=jnp.int8),) if self.momentum else ()
+        return (nu, *mu, *trace)
 
     def numbers(self, count: jax.Array, hyperparameters: Mapping[str, Any]) -> _Numbers:
         lr, decay, one_minus_decay, eps = (

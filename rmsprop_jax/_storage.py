@@ -1,6 +1,6 @@
 """How an accumulator is kept: its dtype, its bits and its sharding. Arrays only, no trees.
 
-`bfloat16` and `uint8` are the upper bits of a float32, rounded stochastically. An average moves by a
+`bfloat16` and one byte are the upper bits of a float32, rounded stochastically. An average moves by a
 fraction 1-ρ of itself per update, far less than the gap between two codes: rounded to nearest, it
 would never move. A `uint8` code holds 7 bits of the exponent and 1 of the mantissa::
 
@@ -9,6 +9,9 @@ would never move. A `uint8` code holds 7 bits of the exponent and 1 of the manti
 
 It stands for 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...} up to 1.5 · 2³⁷. There is no sign, no zero and no scale
 beside it. The bits of a float are linear in its value between two codes, so the mean over r is exact.
+
+An `int8` code has a sign, 5 bits of the exponent and 2 of the mantissa, of |x| + 2⁻²² so that there is
+a zero. It stands for ± 2⁻²² · {0, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, ...} up to 1.75 · 2⁹, and -128 for NaN.
 """
 
 import zlib
@@ -21,12 +24,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 
-# The dtypes that are rounded. In all others an accumulator is kept as it is computed.
+# What a user can ask for instead of the dtype in which an accumulator is computed.
 STATE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.uint8))
-
-_SMALLEST = np.float32(2.0**-90).view(np.uint32)
-_LARGEST = np.float32(1.5 * 2.0**37).view(np.uint32)
-_BELOW = np.uint8(_SMALLEST >> 22)  # number of 10-bit patterns below the first code
 
 Seed = tuple[jax.Array, jax.Array]
 
@@ -51,7 +50,7 @@ class Accumulator(NamedTuple):
         the square of one, and rounded weights can add up to slightly more than one.
         """
         dtype = self.kept.dtype
-        return float(_LARGEST.view(np.float32) if dtype == jnp.uint8 else jnp.finfo(dtype).max / 16)
+        return float(_UNSIGNED.largest if dtype == jnp.uint8 else jnp.finfo(dtype).max / 16)
 
 
 def read(
@@ -72,7 +71,7 @@ def read(
 
 def is_rounded(dtype: DTypeLike) -> bool:
     """Whether an accumulator kept in `dtype` is rounded stochastically."""
-    return dtype in STATE_DTYPES
+    return dtype in (*STATE_DTYPES, jnp.int8)
 
 
 def compute_dtype(dtype: DTypeLike) -> np.dtype:
@@ -80,7 +79,7 @@ def compute_dtype(dtype: DTypeLike) -> np.dtype:
 
     Half precision cannot hold an average: in bfloat16, 0.999 is 1.0; in float16, 1e-8 is 0 and 300² is inf.
     """
-    wide = np.float32 if dtype == jnp.uint8 or jnp.finfo(dtype).bits < 32 else dtype
+    wide = np.float32 if is_rounded(dtype) or jnp.finfo(dtype).bits < 32 else dtype
     return np.dtype(jax.dtypes.canonicalize_dtype(wide))
 
 
@@ -89,22 +88,21 @@ def real_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(jnp.finfo(dtype).dtype)
 
 
-def kept_dtype(dtype: DTypeLike, state_dtype: np.dtype | None, non_negative: bool) -> np.dtype:
-    """The dtype that keeps an accumulator computed in `dtype`.
+def kept_dtype(dtype: DTypeLike, state_dtype: np.dtype | None, one_byte: DTypeLike) -> np.dtype:
+    """The dtype that keeps an accumulator computed in `dtype`; `one_byte` where uint8 is asked for.
 
-    A uint8 code has no sign, so signed accumulators are kept in bfloat16 instead. There is no complex
-    dtype of half precision, so complex accumulators stay as they are.
+    There is no complex dtype of half precision, so complex accumulators stay as they are.
     """
     if state_dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
         return np.dtype(dtype)
-    return state_dtype if non_negative else np.dtype(jnp.bfloat16)
+    return np.dtype(one_byte) if state_dtype == jnp.uint8 else state_dtype
 
 
 def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """A new array of `param`'s shape and sharding that keeps `value`, rounded to nearest, in `dtype`."""
-    if dtype == jnp.uint8:
+    if dtype in (jnp.uint8, jnp.int8):
         # abs, because -0 has a sign bit.
-        value = _encode(jnp.abs(jnp.asarray(value, jnp.float32)), np.uint32(1 << 31))
+        value = store(jnp.abs(jnp.asarray(value, jnp.float32)), dtype, np.uint32(1 << 31))
     sharding = None if isinstance(param, Tracer) else getattr(param, "sharding", None)
     if sharding is not None and sharding.memory_kind not in (None, "device"):
         # The state is in device memory, also where the parameter is in host memory.
@@ -157,16 +155,52 @@ def _once(x: jax.Array) -> jax.Array:
     return x % np.uint32(0xFFFFFFFE)
 
 
-def _load(kept: jax.Array) -> jax.Array:
-    if kept.dtype == jnp.uint8:
-        return jax.lax.bitcast_convert_type((kept.astype(jnp.uint32) << 22) + _SMALLEST, jnp.float32)
-    return kept.astype(compute_dtype(kept.dtype))
+class _Code(NamedTuple):
+    """The upper bits of a float32 from `smallest` to `largest`, counted from those of `smallest`."""
+
+    dropped: int  # bits of the mantissa that are left out
+    smallest: np.float32
+    largest: np.float32
+
+    def encode(self, x: jax.Array, noise: Any) -> jax.Array:
+        first, last = self.smallest.view(np.uint32), self.largest.view(np.uint32)
+        # Clamped as bits, not as values: NaN has no code, and is kept as the largest.
+        bits = jax.lax.clamp(first, _bits(x), last)
+        # The bits left out exceed r with the right probability; this compares them at the top of a word.
+        up = (bits << (32 - self.dropped)) > noise
+        below = (first >> self.dropped).astype(np.uint8)
+        # Modulo 256: the bits above fall off. The last operation has two arrays, because XLA's CPU
+        # backend recomputes what ends in an operation on one array wherever it is read. Then the step
+        # would read the old codes, and they would have to be copied.
+        return (bits >> self.dropped).astype(jnp.uint8) - jnp.where(up, below - np.uint8(1), below)
+
+    def decode(self, code: jax.Array) -> jax.Array:
+        bits = (code.astype(jnp.uint32) << self.dropped) + self.smallest.view(np.uint32)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+_UNSIGNED = _Code(22, np.float32(2.0**-90), np.float32(1.5 * 2.0**37))
+_SIGNED = _Code(21, np.float32(2.0**-22), np.float32(1.75 * 2.0**9))  # of |x| + 2⁻²²
+_NAN = np.int8(-128)
 
 
 def store(x: jax.Array, dtype: DTypeLike, noise: Any) -> jax.Array:
+    """What `dtype` keeps of `x`."""
     if dtype == jnp.uint8:
-        return _encode(x, noise)
+        return _UNSIGNED.encode(x, noise)
+    if dtype == jnp.int8:
+        size = _SIGNED.encode(jnp.abs(x) + float(_SIGNED.smallest), noise).astype(jnp.int8)
+        return jnp.where(jnp.isnan(x), _NAN, jnp.where(x < 0, -size, size))
     return to_bfloat16(x, noise) if dtype == jnp.bfloat16 else x.astype(dtype)
+
+
+def _load(kept: jax.Array) -> jax.Array:
+    if kept.dtype == jnp.uint8:
+        return _UNSIGNED.decode(kept)
+    if kept.dtype == jnp.int8:
+        size = _SIGNED.decode(jnp.abs(kept.astype(jnp.int32))) - _SIGNED.smallest
+        return jnp.where(kept == _NAN, jnp.nan, jnp.where(kept < 0, -size, size))
+    return kept.astype(compute_dtype(kept.dtype))
 
 
 def to_bfloat16(x: jax.Array, noise: Any, rest: jax.Array | None = None) -> jax.Array:
@@ -195,17 +229,6 @@ def _carry(bits: jax.Array, rest: jax.Array, noise: jax.Array) -> jax.Array:
     one_over_size = jax.lax.bitcast_convert_type(np.uint32(0x7F000000) - exponent, jnp.float32)
     places = jnp.floor(outward * one_over_size * np.float32(2.0 ** (23 + 16))).astype(jnp.int32)
     return (((noise & 0xFFFF).astype(jnp.int32) + places) >> 16).astype(jnp.uint32)
-
-
-def _encode(x: jax.Array, noise: Any) -> jax.Array:
-    # Clamped as bits, not as values: NaN has no code, and is kept as the largest.
-    bits = jax.lax.clamp(_SMALLEST, _bits(x), _LARGEST)
-    # The lower 22 bits exceed r with the right probability; this compares them at the top of a word.
-    up = (bits << 10) > noise
-    # Modulo 256: the two bits above fall off. The last operation has two arrays, because XLA's CPU
-    # backend recomputes what ends in an operation on one array wherever it is read. Then the step
-    # would read the old codes, and they would have to be copied.
-    return (bits >> 22).astype(jnp.uint8) - jnp.where(up, _BELOW - 1, _BELOW)
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -397,7 +397,7 @@ def from_rmsprop(state: Any, like: Any) -> Any:
         >>> lean = rmsprop(0.1, momentum=0.9, state_dtype=jnp.uint8)
         >>> state = interop.from_rmsprop(state, lean.init(params))
         >>> int(state.count), state.nu.dtype, state.trace
-        (1, dtype('uint8'), Array([0, 0], dtype=bfloat16))
+        (1, dtype('uint8'), Array([0, 0], dtype=int8))
     """
     return _fill(_collect(state), like, same_options=False)
 

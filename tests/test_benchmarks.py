@@ -77,7 +77,7 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     content = json.loads((tmp_path / "out.json").read_text())
     rows = {(row["layout"], row["candidate"]): row for row in content["updates"]}
     assert len(rows) == (1 + 3 * 4) + (1 + 4)
-    for variant, bytes_per_parameter in (("plain", (4, 2, 1)), ("momentum", (8, 4, 3)), ("centered", (8, 4, 3))):
+    for variant, bytes_per_parameter in (("plain", (4, 2, 1)), ("momentum", (8, 4, 2)), ("centered", (8, 4, 3))):
         for name, expected in zip(("float32", "bfloat16", "uint8"), bytes_per_parameter, strict=True):
             row = rows["16M", f"ours {name}, {variant}"]
             assert row["state bytes per parameter"] == expected + 4 / 64  # and count
@@ -198,10 +198,10 @@ def test_agents_learn_and_their_statistics_are_right(foreign_climate):
     assert reinforcement.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
-def test_the_signed_code_is_right_in_the_mean():
+def test_the_other_signed_code_is_right_in_the_mean():
     x = jnp.array([-3e-13, 1e-3, -0.7, 100.0])
+    gaps = np.array([2.0**-40, 2.0**-11, 2.0**-2, 2.0**5])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    for mantissa, gaps in ((1, (2.0**-40, 2.0**-11, 2.0**-2, 2.0**5)), (2, (2.0**-24, 2.0**-12, 2.0**-3, 2.0**4))):
-        kept = np.asarray(jax.vmap(lambda key, m=mantissa: signed_code.through_code(x, m, key))(keys), np.float64)
-        np.testing.assert_array_less(np.abs(kept.mean(0) - np.asarray(x)), 5 * np.array(gaps) / 2 / np.sqrt(len(keys)))
-        assert (np.array([len(np.unique(column)) for column in kept.T]) <= 2).all()
+    kept = np.asarray(jax.vmap(lambda key: signed_code.through_code(x, key))(keys), np.float64)
+    np.testing.assert_array_less(np.abs(kept.mean(0) - np.asarray(x)), 5 * gaps / 2 / np.sqrt(len(keys)))
+    assert (np.array([len(np.unique(column)) for column in kept.T]) <= 2).all()

@@ -1,12 +1,10 @@
-"""python tests/benchmarks/signed_code.py: could the momentum buffer be kept in one byte, as ν is?
+"""python tests/benchmarks/signed_code.py: what a momentum buffer in one byte does to training.
 
-A signed code has one sign bit, and 6 bits of exponent and 1 of mantissa from 2⁻⁴⁰, or 5 and 2 from 2⁻²⁴. It is rounded
-stochastically, and below the smallest code to that or to 0. Here the buffer of a float32 run goes through such a code after each
-update, on the problems of `training.py grid`: momentum 0.9, 0.95 and 0.99, Nesterov, the rate inside and outside the buffer, at
-the grid's learning rate and at one that is divided by what momentum multiplies it with. ν is in one byte in all but the
-float32 rows. A loss is the mean over the seeds, followed by its distance from float32 in standard deviations of the seeds.
-
-In this version `state_dtype=jnp.uint8` keeps the buffer in bfloat16.
+ν is in one byte in all but the float32 rows. The buffer is in bfloat16, in the int8 that `state_dtype=jnp.uint8` gives it (1 bit
+of sign, 5 of exponent, 2 of mantissa), or in another code of 8 bits, 1+6+1 from 2⁻⁴⁰, through which the buffer of a float32 run goes
+after each update. The problems are those of `training.py grid`; momentum 0.9, 0.95 and 0.99, Nesterov, the rate inside and
+outside the buffer, at the grid's learning rate and at one that is divided by what momentum multiplies it with. A loss is the mean
+over the seeds, followed by its distance from float32 in standard deviations of the seeds.
 """
 
 import argparse
@@ -26,24 +24,22 @@ from rmsprop_jax import rmsprop, RMSPropState
 
 SEEDS = range(5)
 DECAY = 0.99
-SMALLEST = {1: 2.0**-40, 2: 2.0**-24}  # by the bits of the mantissa
-KINDS = {"float32": None, "bfloat16": 7, "1+6+1": 1, "1+5+2": 2}
+KINDS = ("float32", "bfloat16", "int8", "1+6+1")
+SMALLEST, LARGEST, MANTISSA = 2.0**-40, 2.0**23, 1  # of 1+6+1
 MOMENTA = [(0.9, False), (0.9, True), (0.95, False), (0.95, True), (0.99, False)]
 
 
-def through_code(x: jax.Array, mantissa: int, key: jax.Array) -> jax.Array:
-    """`x` as a code keeps it. Its mean over the keys is `x`, up to the largest code."""
-    smallest = SMALLEST[mantissa]
-    size = jnp.minimum(jnp.abs(x), smallest * 2.0 ** (126 >> mantissa))
+def through_code(x: jax.Array, key: jax.Array) -> jax.Array:
+    """`x` as the code 1+6+1 keeps it. Its mean over the keys is `x`, up to the largest code."""
+    size = jnp.minimum(jnp.abs(x), LARGEST)
     # The distance of two codes is a power of two; below the smallest code it is that code itself.
-    exponent = jnp.floor(jnp.log2(jnp.maximum(size, smallest)))
-    gap = jnp.where(size < smallest, smallest, jnp.exp2(exponent - mantissa))
+    exponent = jnp.floor(jnp.log2(jnp.maximum(size, SMALLEST)))
+    gap = jnp.where(size < SMALLEST, SMALLEST, jnp.exp2(exponent - MANTISSA))
     return jnp.sign(x) * gap * jnp.floor(size / gap + jax.random.uniform(key, x.shape))
 
 
 def run(problem: Problem, kind: str, nesterov: bool, inside: bool) -> Any:
     """A function from a momentum, a factor of the rate and a seed to the test loss."""
-    mantissa = KINDS[kind]
 
     def optimizer(momentum, factor):
         schedule = optax.cosine_decay_schedule(problem.learning_rate, problem.steps)
@@ -65,10 +61,10 @@ def run(problem: Problem, kind: str, nesterov: bool, inside: bool) -> Any:
         state = RMSPropState(count, nu, None, trace)
         updates, state = optimizer(momentum, factor).update(grads, state, params)
         trace = state.trace
-        if mantissa in SMALLEST:
+        if kind == "1+6+1":
             leaves, treedef = jax.tree.flatten(trace)
             keys = jax.random.split(key_code, len(leaves))
-            trace = treedef.unflatten([through_code(x, mantissa, k) for x, k in zip(leaves, keys, strict=True)])
+            trace = treedef.unflatten([through_code(x, k) for x, k in zip(leaves, keys, strict=True)])
         return optax.apply_updates(params, updates), state.nu, trace, state.count
 
     test = jax.jit(problem.loss)
@@ -76,8 +72,9 @@ def run(problem: Problem, kind: str, nesterov: bool, inside: bool) -> Any:
     def one(momentum, factor, seed):
         params = problem.init(jax.random.key(seed))
         state = optimizer(momentum, factor).init(params)
-        # The codes start from a float32 buffer, which the update leaves in float32.
-        trace = jax.tree.map(jnp.zeros_like, params) if mantissa in SMALLEST else state.trace
+        # An update leaves the buffer in the dtype that it has.
+        dtype = {"bfloat16": jnp.bfloat16, "1+6+1": jnp.float32}.get(kind)
+        trace = state.trace if dtype is None else jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
         carry = params, state.nu, trace, state.count
         for key in keys_of(problem, seed):
             carry = step(*carry, jnp.float32(momentum), jnp.float32(factor), key)
@@ -96,7 +93,7 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         full = losses["float32"]
         line = dict(zip(keys, setting, strict=True)) | {"float32": f"{full.mean():.4f} ± {full.std(ddof=1):.4f}"}
-        for kind in list(KINDS)[1:]:
+        for kind in KINDS[1:]:
             away = (losses[kind].mean() - full.mean()) / full.std(ddof=1)
             line[kind] = f"{losses[kind].mean():.4f} ({away:+.1f})"
         result.append(line)
