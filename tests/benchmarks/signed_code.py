@@ -22,7 +22,6 @@ from training import GRID, keys_of, Problem
 from rmsprop_jax import rmsprop, RMSPropState
 
 
-SEEDS = range(5)
 DECAY = 0.99
 KINDS = ("float32", "bfloat16", "int8", "1+6+1")
 SMALLEST, LARGEST, MANTISSA = 2.0**-40, 2.0**23, 1  # of 1+6+1
@@ -103,6 +102,7 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", choices=GRID, default=list(GRID))
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="where to write every run")
     arguments = parser.parse_args()
     report = Report(arguments.json)
@@ -110,7 +110,9 @@ def main() -> None:
     jobs = list(itertools.product(arguments.problems, (True, False), (False, True), KINDS))
     for name, inside, nesterov, kind in track(jobs, "training"):
         one = run(GRID[name](), kind, nesterov, inside)
-        for (momentum, with_nesterov), rate, seed in itertools.product(MOMENTA, ("as it is", "divided"), SEEDS):
+        for (momentum, with_nesterov), rate, seed in itertools.product(
+            MOMENTA, ("as it is", "divided"), range(arguments.seeds)
+        ):
             if with_nesterov != nesterov:
                 continue
             factor = 1.0 if rate == "as it is" else 1 - momentum
