@@ -97,9 +97,9 @@ def rmsprop(
             is one of 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...} up to 1.5 · 2³⁷, which resolves |g| from 3e-14 to 4e5.
             Its noise is 0.15 to 0.45 of ν, whatever the decay, and makes steps 1 to 7 percent longer
             in the mean. `momentum` keeps its buffer in as many bytes: with `jnp.uint8` in an int8 code,
-            ±2⁻²² · {0, 0.25, 0.5, 0.75, 1, 1.5, 2, ...} up to 896 (for a momentum of 0.99, or parameters below
-            1e-4, prefer bfloat16). `centered` keeps its mean in bfloat16 in both cases. Complex averages stay as they are computed. Derivatives do not pass through
-            a rounded state.
+            ±2⁻²² · {0, 0.25, 0.5, 0.75, 1, 1.5, 2, ...} up to 896. For a momentum of 0.99, or parameters
+            below 1e-4, prefer `jnp.bfloat16`. `centered` keeps its mean in bfloat16 in both cases.
+            Complex averages stay as they are computed. Derivatives do not pass through a rounded state.
 
     Returns:
         A transformation whose state is an :class:`RMSPropState`. `update` is compiled once for a
@@ -335,7 +335,9 @@ class _Rule:
         # keep the zero out of the root and the quotient, so that derivatives of any order are finite.
         if self.eps_in_sqrt:
             square = nu_hat + c.eps
-            u = g / jnp.sqrt(_one_for_zero(square) if self.eps_may_be_zero else square)
+            # The two minus signs keep XLA from making g · rsqrt(x) of it. Its CPU backend cannot vectorize
+            # that where cores get unequal parts of an array, and takes four times as long.
+            u = -(g / -jnp.sqrt(_one_for_zero(square) if self.eps_may_be_zero else square))
         else:
             u = jnp.where(_is_zero(nu_hat), g / c.nonzero_eps, g / (jnp.sqrt(_one_for_zero(nu_hat)) + c.eps))
         # Adds 0, but NaN for the inf that clipping hid. A `where`, here or on g itself, makes XLA's CPU
