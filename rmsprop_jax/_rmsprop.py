@@ -263,7 +263,7 @@ class _Rule:
     nesterov: bool = False
     lr_in_momentum: bool = True
     decoupled: bool = False
-    eps_may_be_zero: bool = True  # False spares a guard, and the time to compile it
+    eps_may_be_zero: bool = True  # False leaves out a guard, which takes time to compile
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -325,7 +325,7 @@ class _Rule:
             nu = new["nu"] = nu.set(c.decay * nu.value + c.variance_gain * _abs_sq(g - mu.value))
             second_moment = nu.value + c.decay_power * _abs_sq(mu.value) if self.bias_correction else nu.value
         else:
-            # |g|² is bounded by itself: clipped once more, g takes longer to compile.
+            # Bounding |g|² compiles faster than clipping g here, too.
             nu = new["nu"] = nu.set(c.decay * nu.value + c.one_minus_decay * jnp.minimum(_abs_sq(grad), nu.largest))
             second_moment = nu.value
         nu_hat = second_moment / c.one_minus_power if self.bias_correction else second_moment
@@ -335,8 +335,8 @@ class _Rule:
         # keep the zero out of the root and the quotient, so that derivatives of any order are finite.
         if self.eps_in_sqrt:
             square = nu_hat + c.eps
-            # The two minus signs keep XLA from making g · rsqrt(x) of it. Its CPU backend cannot vectorize
-            # that where cores get unequal parts of an array, and takes four times as long.
+            # The two minus signs keep XLA from turning this into g · rsqrt(x). Its CPU backend does not vectorize
+            # rsqrt where cores get unequal parts of an array, and takes more than twice as long.
             u = -(g / -jnp.sqrt(_one_for_zero(square) if self.eps_may_be_zero else square))
         else:
             u = jnp.where(_is_zero(nu_hat), g / c.nonzero_eps, g / (jnp.sqrt(_one_for_zero(nu_hat)) + c.eps))
@@ -399,8 +399,9 @@ def _transformation(
         )
     decay = _number("decay", decay, upper=1.0)
     eps = _number("eps", eps)
-    known = not isinstance(eps, jax.Array)
-    rule = dataclasses.replace(rule, eps_may_be_zero=not known or bool(eps < jnp.finfo(jnp.float32).tiny))
+    rule = dataclasses.replace(
+        rule, eps_may_be_zero=isinstance(eps, jax.Array) or bool(eps < jnp.finfo(jnp.float32).tiny)
+    )
 
     def hyperparameters(count: jax.Array) -> dict[str, Any]:
         rate = learning_rate

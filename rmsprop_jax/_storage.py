@@ -1,6 +1,6 @@
 """How an accumulator is kept: its dtype, its bits and its sharding. Arrays only, no trees.
 
-`bfloat16` and one byte are the upper bits of a float32, rounded stochastically. An average moves by a
+`bfloat16` and the one-byte codes are the upper bits of a float32, rounded stochastically. An average moves by a
 fraction 1-ρ of itself per update, far less than the gap between two codes: rounded to nearest, it
 would never move. A `uint8` code holds 7 bits of the exponent and 1 of the mantissa::
 
@@ -150,8 +150,8 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def _once(x: jax.Array) -> jax.Array:
-    """`x`, computed once for all leaves. XLA would repeat what is cheap in the program of each of them."""
-    # A division is not cheap. The two largest numbers become 0 and 1, and all others stay as they are.
+    """`x`, computed once for all leaves. XLA repeats cheap scalar operations in the kernel of each leaf."""
+    # It does not repeat a division. The two largest numbers become 0 and 1, and all others stay as they are.
     return x % np.uint32(0xFFFFFFFE)
 
 

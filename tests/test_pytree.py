@@ -509,7 +509,7 @@ def test_no_copy_of_the_state(options):
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
     assert " fusion(" in compiled.as_text()  # the text is what we think it is
     assert " copy(" not in compiled.as_text()
-    # XLA's own scalar instructions for it, which are not vectorized where cores get unequal parts of an array.
+    # XLA emits scalar instructions for it, and LLVM does not vectorize them where cores get unequal parts of an array.
     assert " rsqrt(" not in compiled.as_text()
     # Every donated buffer is used again: parameter, count and slots. And no array is made on the way.
     memory = compiled.memory_analysis()
