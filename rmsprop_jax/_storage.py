@@ -165,14 +165,12 @@ class _Code(NamedTuple):
     def encode(self, x: jax.Array, noise: Any) -> jax.Array:
         first, last = self.smallest.view(np.uint32), self.largest.view(np.uint32)
         # Clamped as bits, not as values: NaN has no code, and is kept as the largest.
-        bits = jax.lax.clamp(first, _bits(x), last)
+        bits = jax.lax.clamp(first, _bits(x), last) - first
         # The bits left out exceed r with the right probability; this compares them at the top of a word.
         up = (bits << (32 - self.dropped)) > noise
-        below = (first >> self.dropped).astype(np.uint8)
-        # Modulo 256: the bits above fall off. The last operation has two arrays, because XLA's CPU
-        # backend recomputes what ends in an operation on one array wherever it is read. Then the step
-        # would read the old codes, and they would have to be copied.
-        return (bits >> self.dropped).astype(jnp.uint8) - jnp.where(up, below - np.uint8(1), below)
+        # The last operation has two arrays, because XLA's CPU backend recomputes what ends in an operation
+        # on one array wherever it is read. Then the step would read the old codes, and they would have to be copied.
+        return (bits >> self.dropped).astype(jnp.uint8) + up.astype(jnp.uint8)
 
     def decode(self, code: jax.Array) -> jax.Array:
         bits = (code.astype(jnp.uint32) << self.dropped) + self.smallest.view(np.uint32)
