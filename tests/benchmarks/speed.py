@@ -4,7 +4,7 @@ An update is `tx.update` and `optax.apply_updates` in one compiled step with par
 `optimizer.step()`, for Keras `stateless_apply` on the JAX backend. Candidates take turns, round by round, in an order
 that changes; a ratio is the median over the rounds of a candidate's time divided by Optax's in that round, followed by
 the quartiles. Tracing (with lowering) and compiling take turns, too, each time with JAX's caches cleared; a first call
-takes both. The floor is the measured time of a program that reads four arrays and writes one: 20 bytes a parameter,
+takes both. The instructions of the compiled program say without noise what makes compiling long. The floor is the measured time of a program that reads four arrays and writes one: 20 bytes a parameter,
 what RMSProp in float32 must move. Takes torch, keras and bitsandbytes along where they are.
 
 Whole training steps (forward, backward, update) show what share of a step the update is, and the memory of a step of
@@ -96,6 +96,7 @@ class Candidate(NamedTuple):
     temporary_bytes: int | None = None  # beyond parameters, gradients and state
     trace_seconds: float | None = None  # Python and lowering
     compile_seconds: float | None = None
+    instructions: int | None = None  # of XLA in the compiled program
     prepare: Callable[[], tuple[float, float, Any]] | None = None  # traces and compiles anew: both times, the program
 
 
@@ -143,7 +144,10 @@ def compiled(update: Callable[..., Any], params: Any, state: Any, grads: Any, st
         held[:] = program(*held, grads)
 
     temporary = program.memory_analysis().temp_size_in_bytes
-    return Candidate(step, lambda: jax.block_until_ready(held), state_bytes, temporary, trace, compile_, prepare)
+    instructions = program.as_text().count(" = ")
+    return Candidate(
+        step, lambda: jax.block_until_ready(held), state_bytes, temporary, trace, compile_, instructions, prepare
+    )
 
 
 def of_torch(how: str, shapes: Shapes) -> Candidate:
@@ -274,6 +278,8 @@ def updates(layout: str, seconds: float, tick: Callable[[], None]) -> list[dict[
                 "rounds": len(times[name]),
                 "trace seconds": candidate.trace_seconds,
                 "compile seconds": candidate.compile_seconds,
+                "instructions": candidate.instructions,
+                "instructions ratio": per(candidate.instructions, candidates[reference].instructions),
             }
         )
         if name in prepared:
@@ -580,6 +586,7 @@ def cost_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             text = [] if seconds is None else [f"{seconds:.3g} s"]
             text += [] if ratio is None else ["{:.2f} ({:.2f}-{:.2f})".format(ratio, *row[f"{what} quartiles"])]
             line[what] = ", ".join(text)
+        line["instructions"] = row["instructions"] and f"{row['instructions']}, {row['instructions ratio']:.2f}"
         table.append(line)
     return table
 
