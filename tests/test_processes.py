@@ -1,6 +1,7 @@
 """Several real processes: equal parameters on all, one process's run, and bit for bit the same after a kill."""
 
 import contextlib
+import os
 import pathlib
 import re
 import signal
@@ -18,6 +19,9 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = pathlib.Path(__file__).parent / "cluster.py"
 STEPS = 30
+# XLA divides a matrix product between its threads, so their number decides the last bits. By default there are as many as
+# cores, or as devices if these are more.
+THREADS = {"NPROC": "4"}
 
 
 class Job:
@@ -35,7 +39,10 @@ class Job:
         with contextlib.ExitStack() as files:
             self.processes = [
                 subprocess.Popen(
-                    [*command, f"--process={i}"], stdout=files.enter_context(log.open("w")), stderr=subprocess.STDOUT
+                    [*command, f"--process={i}"],
+                    stdout=files.enter_context(log.open("w")),
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | THREADS,
                 )
                 for i, log in enumerate(self.logs)
             ]
