@@ -335,13 +335,13 @@ class _Rule:
         # keep the zero out of the root and the quotient, so that derivatives of any order are finite.
         if self.eps_in_sqrt:
             square = nu_hat + c.eps
-            root = jnp.sqrt(_one_for_zero(square) if self.eps_may_be_zero else square)
+            denominator = jnp.sqrt(_one_for_zero(square) if self.eps_may_be_zero else square)
         else:
-            root = jnp.where(_is_zero(nu_hat), c.nonzero_eps, jnp.sqrt(_one_for_zero(nu_hat)) + c.eps)
+            denominator = jnp.where(_is_zero(nu_hat), c.nonzero_eps, jnp.sqrt(_one_for_zero(nu_hat)) + c.eps)
         # grad - grad adds 0, but NaN for the inf that clipping hid. A `where` instead makes XLA's CPU backend
         # three times slower. The sum also keeps XLA from turning g / sqrt(x) into g * rsqrt(x): its CPU backend does
         # not vectorize rsqrt where cores get unequal parts of an array, and takes more than twice as long.
-        u = g / (root + (grad - grad))
+        u = g / (denominator + (grad - grad))
 
         if c.momentum is not None:
             increment = c.lr * u if self.lr_in_momentum else u

@@ -159,7 +159,7 @@ class _Code(NamedTuple):
     """The upper bits of a float32 from `smallest` to `largest`, counted from those of `smallest`."""
 
     dropped: int  # bits of the mantissa that are left out
-    smallest: np.float32
+    smallest: np.float32  # in which these bits are 0
     largest: np.float32
 
     def encode(self, x: jax.Array, noise: Any) -> jax.Array:

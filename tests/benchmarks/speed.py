@@ -4,8 +4,9 @@ An update is `tx.update` and `optax.apply_updates` in one compiled step with par
 `optimizer.step()`, for Keras `stateless_apply` on the JAX backend. Candidates take turns, round by round, in an order
 that changes; a ratio is the median over the rounds of a candidate's time divided by Optax's in that round, followed by
 the quartiles. Tracing (with lowering) and compiling take turns, too, each time with JAX's caches cleared; a first call
-takes both. The instructions of the compiled program say without noise what makes compiling long. The floor is the measured time of a program that reads four arrays and writes one: 20 bytes a parameter,
-what RMSProp in float32 must move. Takes torch, keras and bitsandbytes along where they are.
+takes both. The number of instructions in the compiled program says without noise how long compiling takes. The floor is
+the measured time of a program that reads four arrays and writes one: 20 bytes a parameter, what RMSProp in float32 must
+move. Takes torch, keras and bitsandbytes along where they are.
 
 Whole training steps (forward, backward, update) show what share of a step the update is, and the memory of a step of
 a model with 100 million parameters is read from the compiled program.
