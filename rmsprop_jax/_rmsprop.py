@@ -320,7 +320,7 @@ class _Rule:
 
         if self.centered:
             # With the new mean g - μ' = ρ(g - μ), so this is ρ(ν + (1-ρ)|g - μ|²). With the old mean
-            # XLA's CPU backend copies the donated buffers, and takes 2.5 times as long.
+            # XLA's CPU backend copies the donated buffers.
             mu = new["mu"] = slots["mu"].set(slots["mu"].value + c.one_minus_decay * (g - slots["mu"].value))
             nu = new["nu"] = nu.set(c.decay * nu.value + c.variance_gain * _abs_sq(g - mu.value))
             second_moment = nu.value + c.decay_power * _abs_sq(mu.value) if self.bias_correction else nu.value
@@ -338,9 +338,9 @@ class _Rule:
             denominator = jnp.sqrt(_one_for_zero(square) if self.eps_may_be_zero else square)
         else:
             denominator = jnp.where(_is_zero(nu_hat), c.nonzero_eps, jnp.sqrt(_one_for_zero(nu_hat)) + c.eps)
-        # grad - grad adds 0, but NaN for the inf that clipping hid. A `where` instead makes XLA's CPU backend
-        # three times slower. The sum also keeps XLA from turning g / sqrt(x) into g * rsqrt(x): its CPU backend does
-        # not vectorize rsqrt where cores get unequal parts of an array, and takes more than twice as long.
+        # grad - grad adds 0, but NaN for the inf that clipping hid. The sum also keeps XLA from turning
+        # g / sqrt(x) into g * rsqrt(x): its CPU backend does not vectorize rsqrt where cores get unequal parts of
+        # an array, and takes more than twice as long.
         u = g / (denominator + (grad - grad))
 
         if c.momentum is not None:

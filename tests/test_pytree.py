@@ -425,17 +425,20 @@ def test_inject_hyperparams_outside_jit_does_not_recompile(compilations):
     np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
 
 
-def test_it_inlines_under_the_users_jit():
-    tx = rmsprop(0.1)
-    params = {"a": W, "b": W + 1, "c": jnp.ones(5)}
+def compiled_step(tx, params):
+    """A step as users compile it, with parameters and state donated."""
 
     def step(params, state, grads):
-        updates, state = tx.update(grads, state)
+        updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    args = params, tx.init(params), params
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+
+
+def test_it_inlines_under_the_users_jit():
+    params = {"a": W, "b": W + 1, "c": jnp.ones(5)}
     # The program is what counts: from jax 0.11 on an inlined function still shows in the jaxpr.
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile().as_text()
+    compiled = compiled_step(rmsprop(0.1), params).as_text()
     entry = compiled[compiled.index("ENTRY") :]
     assert " call(" not in compiled
     # ν and the parameter of each leaf, and the count: nothing between update and apply_updates.
@@ -460,19 +463,10 @@ def test_one_hash_for_all_leaves(state_dtype):
 
 
 def instructions_per_leaf(tx):
-    """XLA's instructions for one more leaf of the same shape, in a step as users compile it."""
-
-    def count(leaves):
-        def step(params, state, grads):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        params = [jnp.ones(1000)] * leaves
-        with jax.numpy_rank_promotion("allow"):  # Optax's scalars
-            lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params)
-        return lowered.compile().as_text().count(" = ")
-
-    return count(4) - count(3)
+    """XLA's instructions for one more leaf of the same shape."""
+    with jax.numpy_rank_promotion("allow"):  # Optax's scalars
+        three, four = (compiled_step(tx, [jnp.ones(1000)] * leaves).as_text().count(" = ") for leaves in (3, 4))
+    return four - three
 
 
 @pytest.mark.parametrize(
@@ -490,7 +484,7 @@ def instructions_per_leaf(tx):
     ],
 )
 def test_little_more_to_compile_than_optax(limit, options):
-    # The time to compile goes by this number: 27 for Optax's plain update.
+    # The more there are, the longer XLA compiles. Optax's plain update has 27.
     optaxs = optax.rmsprop(0.1, **{name: x for name, x in options.items() if name != "state_dtype"})
     assert instructions_per_leaf(rmsprop(0.1, **options)) < limit * instructions_per_leaf(optaxs)
 
@@ -537,12 +531,7 @@ NARROW_DTYPES = [jnp.bfloat16, jnp.uint8]
 def test_no_copy_of_the_state(options):
     tx = rmsprop(1e-3, **options)
     params = jnp.ones(1 << 16)
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+    compiled = compiled_step(tx, params)
     assert " fusion(" in compiled.as_text()  # the text is what we think it is
     assert " copy(" not in compiled.as_text()
     # XLA emits scalar instructions for it, and LLVM does not vectorize them where cores get unequal parts of an array.

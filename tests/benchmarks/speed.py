@@ -4,7 +4,7 @@ An update is `tx.update` and `optax.apply_updates` in one compiled step with par
 `optimizer.step()`, for Keras `stateless_apply` on the JAX backend. Candidates take turns, round by round, in an order
 that changes; a ratio is the median over the rounds of a candidate's time divided by Optax's in that round, followed by
 the quartiles. Tracing (with lowering) and compiling take turns, too, each time with JAX's caches cleared; a first call
-takes both. The number of instructions in the compiled program says without noise how long compiling takes. The floor is
+takes both. The more instructions the compiled program has, the longer that takes; their number has no noise. The floor is
 the measured time of a program that reads four arrays and writes one: 20 bytes a parameter, what RMSProp in float32 must
 move. Takes torch, keras and bitsandbytes along where they are.
 
