@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _storage
+from . import _bits, _placement, _storage
 
 
 class Slot(NamedTuple):
@@ -76,13 +74,13 @@ def lift(
                     return None
                 dtype = _storage.compute_dtype(dtype)
                 dtype = _storage.real_dtype(dtype) if slot.non_negative else dtype
-                kept = _storage.kept_dtype(dtype, state_dtype, slot.one_byte)
+                kept = _storage.state_dtype_of(dtype, state_dtype, slot.one_byte)
                 return _storage.full_like(param, initial.get(slot.name, 0.0), kept)
 
             return jax.tree.map_with_path(leaf, params)
 
         # Slot by slot, not leaf by leaf: optax.tree.map_params passes a node without leaves.
-        return state_type(count=zero_count(params), **{slot.name: build(slot) for slot in rule.slots})
+        return state_type(count=_placement.zero_count(params), **{slot.name: build(slot) for slot in rule.slots})
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -124,8 +122,8 @@ def _update(
         return rule.numbers(count, jax.tree.map(lambda x: jnp.asarray(x, dtype), hyperparameters))
 
     @functools.cache
-    def seed(slot: str) -> _storage.Seed:
-        return _storage.seeds(count, slot)
+    def seed(slot: str) -> _bits.Seed:
+        return _bits.seeds(count, slot)
 
     leaves, treedef = _flatten(updates)
     columns = {slot.name: _column(updates, getattr(state, slot.name), f"state.{slot.name}") for slot in rule.slots}
@@ -154,7 +152,7 @@ def _update_array(
     rule: Rule,
     dtype: np.dtype,
     numbers: Any,
-    seeds: Mapping[str, _storage.Seed],
+    seeds: Mapping[str, _bits.Seed],
     grad: Any,
     param: Any,
     kept: Mapping[str, Any],
@@ -163,14 +161,12 @@ def _update_array(
     p = None if param is None else jnp.asarray(param, dtype)
     real = _storage.real_dtype(dtype)
     slots = {
-        slot.name: _storage.read(
-            kept[slot.name], real if slot.non_negative else dtype, seed=seeds.get(slot.name), source=g
-        )
+        slot.name: _storage.load(kept[slot.name], real if slot.non_negative else dtype, seeds.get(slot.name), g)
         for slot in rule.slots
     }
     with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
         step, slots = rule(numbers, g, p, slots)
-    return step.astype(jnp.result_type(grad)), {name: slots[name].kept for name in kept}
+    return step.astype(jnp.result_type(grad)), {name: slots[name].encoded for name in kept}
 
 
 def _checked_dtype(rule: Rule, path: Any, grad: Any, param: Any, kept: Mapping[str, Any]) -> np.dtype:
@@ -270,14 +266,3 @@ def _dtype(kind: str, path: Any, leaf: Any) -> Any:
             "with eqx.filter(tree, eqx.is_inexact_array) or optax.masked"
         )
     return dtype
-
-
-def zero_count(params: optax.Params) -> jax.Array:
-    """A count of updates, where the parameters are."""
-    # On the parameters' mesh from the start. Otherwise the first update would move it there, and the
-    # second would find it elsewhere than the first did, and compile again.
-    for leaf in jax.tree.leaves(params):
-        sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding):
-            return jnp.zeros((), jnp.int32, device=NamedSharding(sharding.mesh, PartitionSpec()))
-    return jnp.zeros((), jnp.int32)

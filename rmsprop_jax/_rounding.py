@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _pytree, _storage
+from . import _bits, _placement
 
 
 class RoundParamsState(NamedTuple):
@@ -62,7 +62,7 @@ def round_params_stochastically() -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: optax.Params) -> RoundParamsState:
-        return RoundParamsState(_pytree.zero_count(params))
+        return RoundParamsState(_placement.zero_count(params))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -78,7 +78,7 @@ def round_params_stochastically() -> optax.GradientTransformationExtraArgs:
 @jax.jit
 def _update(updates: optax.Updates, state: Any, params: optax.Params) -> tuple[optax.Updates, RoundParamsState]:
     step = jnp.asarray(optax.safe_increment(state.step))
-    seed = _storage.seeds(step, "params")
+    seed = _bits.seeds(step, "params")
 
     def leaf(path: Any, u: Any, p: Any) -> Any:
         if u is None or p is None or jnp.result_type(p) != jnp.bfloat16:
@@ -94,13 +94,13 @@ def _update(updates: optax.Updates, state: Any, params: optax.Params) -> tuple[o
 
 
 @jax.jit
-def _round_array(seed: _storage.Seed, u: jax.Array, p: jax.Array) -> jax.Array:
+def _round_array(seed: _bits.Seed, u: jax.Array, p: jax.Array) -> jax.Array:
     start, move = p.astype(jnp.float32), u.astype(jnp.float32)
     total = start + move
     # What float32 loses of the sum, exactly (TwoSum, Knuth): all of a step below 1e-5 of the last place of p.
     moved = total - start
     rest = (start - (total - moved)) + (move - moved)
     rest = jnp.where(jnp.isfinite(rest), rest, 0)
-    end = _storage.to_bfloat16(total, _storage.noise(seed, start, move), rest).astype(jnp.float32)
+    end = _bits.to_bfloat16(total, _bits.noise(seed, start, move), rest).astype(jnp.float32)
     # -0 is the number that changes nothing when it is added, not even -0; and inf - inf is NaN.
     return jnp.where(end == start, -0.0, end - start).astype(u.dtype)

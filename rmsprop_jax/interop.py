@@ -33,7 +33,7 @@ import optax
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-from . import _storage
+from . import _placement, _storage
 from ._rmsprop import RMSPropState
 
 
@@ -479,7 +479,7 @@ def _fill(collected: _Collected, like: Any, same_options: bool) -> Any:
             return x
         if not zero:
             problems.append(f"like has only the shape of {where}, and state has no value for it")
-        return _placed(jnp.zeros(x.shape, x.dtype), x)
+        return _placement.place_like(jnp.zeros(x.shape, x.dtype), x)
 
     def same_shape(value: Any, x: Any, where: str) -> bool:
         if np.shape(value) != np.shape(x):
@@ -504,8 +504,8 @@ def _fill(collected: _Collected, like: Any, same_options: bool) -> Any:
         if slot == "nu" and mu is not None and not _is_masked(mu) and (theirs or not centered):
             value = _second_moment(value, mu)
         if slot == "trace" and theirs:
-            value = -_storage.read(value).value
-        return _placed(_converted(value, x.dtype, count, slot), x)
+            value = -_storage.decode(value)
+        return _placement.place_like(_converted(value, x.dtype, count, slot), x)
 
     def visit(key: _Key, location: str, x: Any) -> Any:
         if _is_rmsprop(x):
@@ -677,23 +677,11 @@ def _count(collected: _Collected) -> Any:
 
 def _converted(value: Any, dtype: Any, count: Any, slot: str) -> jax.Array:
     """An accumulator kept in another dtype."""
-    if value.dtype == dtype:
-        return value
-    value = _storage.read(value).value
-    noise = _storage.noise(_storage.seeds(count, f"interop.{slot}"), value) if _storage.is_rounded(dtype) else None
-    return _storage.store(value, dtype, noise)
+    return _storage.recode(value, dtype, count, f"interop.{slot}")
 
 
 def _like(value: Any, x: Any) -> Any:
-    return _placed(jnp.asarray(value, x.dtype), x)
-
-
-def _placed(value: jax.Array, x: Any) -> jax.Array:
-    """`value` with the sharding of `x`, if it has one that was chosen."""
-    sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
-    if isinstance(value, Tracer) or sharding is None or not getattr(x, "committed", True):
-        return value
-    return jax.device_put(value, sharding)
+    return _placement.place_like(jnp.asarray(value, x.dtype), x)
 
 
 def _by_path(tree: Any) -> dict[_Path, Any]:
@@ -713,7 +701,7 @@ def _is_masked(x: Any) -> bool:
 
 
 def _or_zeros(nu: Any, x: Any) -> Any:
-    return jnp.zeros_like(_storage.read(nu).value) if _is_masked(x) and not _is_masked(nu) else x
+    return jnp.zeros_like(_storage.decode(nu)) if _is_masked(x) and not _is_masked(nu) else x
 
 
 def _equal(x: Any, y: Any) -> bool:
@@ -730,7 +718,7 @@ def _variance(second: Any, mean: Any) -> Any:
 
 
 def _second_moment(nu: Any, mu: Any) -> Any:
-    return _storage.read(nu).value + abs(_storage.read(mu).value) ** 2
+    return _storage.decode(nu) + abs(_storage.decode(mu)) ** 2
 
 
 # --- One way in and one way out for all frameworks --------------------------------------------------------
@@ -829,7 +817,7 @@ def _export(state: RMSPropState, convert_back: ConvertBack, names: Sequence[str]
     """Arrays by our slots and by the weights' names; `nu` is E[g²]."""
     if masked := [keystr(path) for path, x in _by_path(state.nu).items() if _is_masked(x)]:
         raise ValueError(f"the state has no accumulators for {_listed(masked)}, which were masked")
-    trees = {slot: jax.tree.map(lambda x: _storage.read(x).value, getattr(state, slot)) for slot in PYTORCH}
+    trees = {slot: jax.tree.map(lambda x: _storage.decode(x), getattr(state, slot)) for slot in PYTORCH}
     if state.mu is not None:
         trees["nu"] = jax.tree.map(_second_moment, state.nu, state.mu)
     slots = {slot: convert_back(tree) for slot, tree in trees.items() if tree is not None}

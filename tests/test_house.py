@@ -102,7 +102,8 @@ def test_readme_names_everything_public():
 
 # Imports point down only. Nothing else of the package may be imported by a module of a lower floor.
 FLOORS = [
-    ["_storage", "_digits"],
+    ["_bits", "_placement", "_digits"],
+    ["_storage"],
     ["_pytree"],
     ["_rmsprop", "_rounding"],
     ["dialects", "interop"],

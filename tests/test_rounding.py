@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from problems import train_digits
 
-from rmsprop_jax import _storage, rmsprop, round_params_stochastically, RoundParamsState
+from rmsprop_jax import _bits, rmsprop, round_params_stochastically, RoundParamsState
 
 
 pytestmark = pytest.mark.usefixtures("users_climate")  # float32 updates of bfloat16 parameters
@@ -139,7 +139,7 @@ def test_noise_is_uniform_and_independent():
     p, u = normal((8, 8)), normal((8, 8), 1) * jnp.bfloat16(1e-3)
     p, u = (x.astype(jnp.float32).ravel() for x in (p.at[:4].set(p[0]), u.at[:, 4:].set(u[0, 0])))
     n = 4096
-    bits = jax.vmap(lambda step: _storage.noise(_storage.seeds(step, "params"), p, u))(jnp.arange(n))
+    bits = jax.vmap(lambda step: _bits.noise(_bits.seeds(step, "params"), p, u))(jnp.arange(n))
     noise = (np.asarray(bits >> 16) / 2**16 - 0.5) * np.sqrt(12)
     pairs = np.stack([p, u], 1)
     different = (pairs[:, None] != pairs[None]).any(-1)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 from problems import train_digits
 
-from rmsprop_jax import _storage, dialects, interop, rmsprop, RMSPropState, scale_by_rms
+from rmsprop_jax import _bits, _storage, dialects, interop, rmsprop, RMSPropState, scale_by_rms
 
 
 NARROW = [jnp.bfloat16, jnp.uint8]
@@ -24,7 +24,7 @@ SIGNED_LADDER = np.float32([2.0**-22 * (2.0 ** (code // 4) * (1 + 0.25 * (code %
 EVERY_NOISE = np.arange(2**16, dtype=np.uint32) << 16
 
 
-_store = jax.jit(_storage.store, static_argnums=1)
+_store = jax.jit(_storage.encode, static_argnums=1)
 
 
 def stored(values, dtype, noise):
@@ -34,7 +34,7 @@ def stored(values, dtype, noise):
 
 
 def values(kept):
-    return np.asarray(_storage.read(kept).value, np.float64)
+    return np.asarray(_storage.decode(kept), np.float64)
 
 
 # --- Codes --------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_the_ends_of_the_range(noise):
 
 
 def test_bfloat16_saturates_what_float32_cannot_hold(x64):
-    kept = _storage.to_bfloat16(jnp.array([1e300, -1e300, jnp.nan]), np.uint32(0))
+    kept = _bits.to_bfloat16(jnp.array([1e300, -1e300, jnp.nan]), np.uint32(0))
     largest = float(jnp.finfo(jnp.float32).max) / 2
     np.testing.assert_allclose(np.asarray(kept, np.float64), [largest, -largest, np.nan], rtol=0.01)
 
@@ -164,7 +164,7 @@ def follow(decay, gradients, state_dtype, start=1.0):
 
     def step(state, g):
         state = jax.vmap(tx.update)(g, state)[1]
-        return state, _storage.read(state.nu).value
+        return state, _storage.decode(state.nu)
 
     state = jax.vmap(tx.init)(gradients[0])._replace(count=counts)
     kept = jax.jit(lambda s, g: jax.lax.scan(step, s, g)[1])(state, gradients)
@@ -261,7 +261,7 @@ def test_noise_is_uniform_and_independent(dtype):
     gradients = normal((4096,), dtype).astype(jnp.float32)
 
     def noise(slot):
-        bits = jax.vmap(lambda count: _storage.noise(_storage.seeds(count, slot), gradients))(jnp.arange(1, 257))
+        bits = jax.vmap(lambda count: _bits.noise(_bits.seeds(count, slot), gradients))(jnp.arange(1, 257))
         return (np.asarray(bits) >> np.uint32(10)) / 2**22 - 0.5
 
     rows, others = noise("nu"), noise("mu")
@@ -274,9 +274,7 @@ def test_noise_is_uniform_and_independent(dtype):
 
 
 def test_every_update_and_slot_has_its_own_seeds():
-    pairs = [
-        jax.vmap(lambda c, slot=slot: _storage.seeds(c, slot))(jnp.arange(1, 3001)) for slot in ("nu", "mu", "trace")
-    ]
+    pairs = [jax.vmap(lambda c, slot=slot: _bits.seeds(c, slot))(jnp.arange(1, 3001)) for slot in ("nu", "mu", "trace")]
     a, b = (np.concatenate(column) for column in zip(*pairs, strict=True))
     assert (a % 2 == 1).all()
     # b is a permutation of the counts, so equal values mean equal seeds; a has lost a bit to being odd.
@@ -291,7 +289,7 @@ def test_a_slot_is_rounded_by_its_own_seeds_whatever_else_is_on(others):
     g, first = normal((512,)), jnp.int32(1)
 
     def expected(slot, exact):
-        return _storage.to_bfloat16(exact, _storage.noise(_storage.seeds(first, slot), g))
+        return _bits.to_bfloat16(exact, _bits.noise(_bits.seeds(first, slot), g))
 
     sgd = {"decay": 1.0, "eps": 0.0, "initial_scale": 1.0}
     tx = rmsprop(1.0, **sgd, momentum=0.5, state_dtype=jnp.bfloat16, **others)
@@ -496,7 +494,7 @@ def test_no_nan_of_our_own(gradients, dtype, eps, decay, options, state_dtype):
         updates, state = tx.update(jnp.clip(jnp.asarray(g), -limit, limit).astype(dtype), state, params)
         assert not jnp.isnan(updates).any()
         assert np.isfinite(values(state.nu)).all()
-        assert state.trace is None or np.isfinite(np.asarray(_storage.read(state.trace).value)).all()
+        assert state.trace is None or np.isfinite(np.asarray(_storage.decode(state.trace))).all()
 
 
 # --- The argument -------------------------------------------------------------------------------------

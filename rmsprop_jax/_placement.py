@@ -1,0 +1,52 @@
+"""Where new arrays lie: their sharding, and the memory that holds them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+
+
+def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
+    """A new array of `param`'s shape and sharding, filled with `value`, in device memory."""
+    sharding = _sharding(param)
+    if sharding is not None and sharding.memory_kind not in (None, "device"):
+        return jnp.full_like(param, value, dtype, device=sharding.with_memory_kind("device"))
+    array = jnp.full_like(param, value, dtype)
+    if isinstance(param, Tracer):
+        # Under jit on an Auto mesh nothing ties a constant to its parameter: XLA would replicate it,
+        # or leave it on one device. So add a zero that depends on the parameter. XLA does not know
+        # that it is zero when it propagates shardings. (jax.experimental.shard_alike does not work
+        # here: its calls for arrays of one shape are lowered once, and share one sharding.)
+        never = jax.lax.bitwise_and(jax.lax.ne(param, param), jax.lax.eq(param, param))
+        zero = jax.lax.convert_element_type(never, dtype)
+        # A parameter may live in host memory, where nothing can be added to it.
+        array = jax.lax.add(array, jax.device_put(zero, jax.memory.Space.Device))
+    return array
+
+
+def zero_count(params: Any) -> jax.Array:
+    """A count of updates, on the mesh of the parameters."""
+    # On the mesh from the start. Otherwise the first update would move it there, and the second would compile again.
+    for leaf in jax.tree.leaves(params):
+        sharding = _sharding(leaf)
+        if isinstance(sharding, NamedSharding):
+            return jnp.zeros((), jnp.int32, device=NamedSharding(sharding.mesh, PartitionSpec()))
+    return jnp.zeros((), jnp.int32)
+
+
+def place_like(value: jax.Array, like: Any) -> jax.Array:
+    """`value` with the sharding of `like`, if that was chosen by someone, in a buffer of its own."""
+    sharding = _sharding(like)
+    if isinstance(value, Tracer):
+        return value
+    if sharding is None or not getattr(like, "committed", True):
+        return jnp.array(value, copy=True)
+    return jax.device_put(value, sharding, may_alias=False)
+
+
+def _sharding(array: Any) -> Any:
+    """The sharding of a concrete array. A tracer's is not known yet."""
+    return None if isinstance(array, Tracer) else getattr(array, "sharding", None)
