@@ -12,4 +12,4 @@ from ._rounding import (
 )
 
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

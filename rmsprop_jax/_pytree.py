@@ -1,9 +1,11 @@
-"""From a rule for one array to an Optax transformation: trees, jit, dtypes, errors that name the leaf.
+"""From a rule for one array to an Optax transformation: trees, jit, dtypes, and errors that name the leaf.
 
-Nothing here knows what the rule computes.
+Nothing here knows the equations.
 """
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -18,10 +20,10 @@ from . import _bits, _placement, _storage
 
 
 class Slot(NamedTuple):
-    """What a rule remembers of each parameter."""
+    """An accumulator that a rule keeps for each parameter."""
 
     name: str
-    one_byte: DTypeLike  # what keeps it if a state of one byte is asked for
+    narrowest: DTypeLike  # its dtype in a state of one byte
     non_negative: bool = False  # and therefore real, also for a complex parameter
 
 
@@ -33,12 +35,12 @@ class Rule(Protocol):
         """The slots in use."""
         ...
 
-    def numbers(self, count: jax.Array, hyperparameters: Any) -> Any:
-        """What is the same for all leaves of one precision. `count` is the number of this update, from 1."""
+    def scalars(self, count: jax.Array, hyperparameters: Any) -> Any:
+        """The scalars that all leaves of one precision share. `count` is the number of this update, from 1."""
         ...
 
     def __call__(
-        self, numbers: Any, grad: jax.Array, param: jax.Array | None, slots: Mapping[str, _storage.Accumulator]
+        self, scalars: Any, grad: jax.Array, param: jax.Array | None, slots: Mapping[str, _storage.Accumulator]
     ) -> tuple[jax.Array, Mapping[str, _storage.Accumulator]]:
         """The update to add to the parameter, and the new accumulators. `param` is None where none is needed."""
         ...
@@ -50,32 +52,32 @@ def lift(
     state_type: type[Any],
     initial: Mapping[str, ArrayLike],
     state_dtype: np.dtype | None = None,
-    params_for: str | None = None,
+    needs_params: str | None = None,
     params_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lifts a rule for one array to a gradient transformation.
 
     Args:
         rule: the update of one array.
-        hyperparameters: from the number of past updates to the rule's hyperparameters, a tree of scalars.
+        hyperparameters: maps the number of past updates to the rule's hyperparameters, a tree of scalars.
         state_type: a NamedTuple with the fields `count` and the names of the slots.
         initial: first values of slots that do not start at zero.
-        state_dtype: how `init` has the slots kept. `update` leaves them in the dtype they have.
-        params_for: the option for which `update` needs `params`, if there is one.
+        state_dtype: the dtype in which `init` makes the slots. `update` leaves them in the dtype they have.
+        needs_params: the option for which `update` needs `params`, if there is one.
         params_mask: a tree of booleans, a prefix of the parameters' tree, or a function from the parameters
-            to it; the rule gets no `param` where it is False. By default it gets all.
+            to it. The rule gets no `param` where it is False. By default it gets all.
     """
 
     def init(params: optax.Params) -> Any:
         def build(slot: Slot) -> optax.Params:
             def leaf(path: Any, param: Any) -> jax.Array | None:
-                dtype = _dtype("parameter", path, param)
+                dtype = _checked_dtype("parameter", path, param)
                 if not jnp.issubdtype(dtype, jnp.inexact):
                     return None
                 dtype = _storage.compute_dtype(dtype)
                 dtype = _storage.real_dtype(dtype) if slot.non_negative else dtype
-                kept = _storage.state_dtype_of(dtype, state_dtype, slot.one_byte)
-                return _storage.full_like(param, initial.get(slot.name, 0.0), kept)
+                dtype = _storage.state_dtype_of(dtype, state_dtype, slot.narrowest)
+                return _storage.full_like(param, initial.get(slot.name, 0.0), dtype)
 
             return jax.tree.map_with_path(leaf, params)
 
@@ -86,27 +88,21 @@ def lift(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        if not isinstance(state, state_type):
-            raise TypeError(
-                f"state has type {type(state).__name__}: allowed is the {state_type.__name__} that init makes"
-            )
         updates = _without_float0(updates)
-        for name in state_type._fields[1:]:
-            on = any(slot.name == name for slot in rule.slots)
-            # (A tree that is None has state that is None.)
-            if updates is not None and on == (getattr(state, name) is None):
-                raise ValueError(f"state.{name} is {'' if on else 'not '}None: the state was made with other options")
-        if params_for is None:
+        _check_state(rule, state, state_type, updates)
+        if needs_params is None:
             _check_kinds(updates, params)
             params = None
         elif params is None:
-            paths = [keystr(path) for path, _ in tree_flatten_with_path(updates)[0]]
-            raise ValueError(f"{params_for} needs the parameters {paths}: call update(updates, state, params)")
+            raise ValueError(f"{needs_params} needs params: call update(updates, state, params)")
         else:
-            params = _masked(updates, params, params_mask)
+            params = _params_with_gradients(updates, params, params_mask)
         return _update(rule, hyperparameters(state.count), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# --- The compiled update ------------------------------------------------------------------------------------
 
 
 # At module level, with every number an argument. optax.inject_hyperparams builds a new transformation
@@ -118,8 +114,8 @@ def _update(
     count = jnp.asarray(optax.safe_increment(state.count))
 
     @functools.cache
-    def numbers(dtype: np.dtype) -> Any:
-        return rule.numbers(count, jax.tree.map(lambda x: jnp.asarray(x, dtype), hyperparameters))
+    def scalars(dtype: np.dtype) -> Any:
+        return rule.scalars(count, jax.tree.map(lambda x: jnp.asarray(x, dtype), hyperparameters))
 
     @functools.cache
     def seed(slot: str) -> _bits.Seed:
@@ -133,11 +129,12 @@ def _update(
     for i, (path, grad) in enumerate(leaves):
         if grad is None:
             continue
-        kept = {name: column[i] for name, column in columns.items()}
-        dtype = _checked_dtype(rule, path, grad, params_column[i], kept)
-        seeds = {name: seed(name) for name, x in kept.items() if _storage.is_rounded(x.dtype)}
+        encoded = {name: column[i] for name, column in columns.items()}
+        _check_leaf(rule, path, grad, params_column[i], encoded)
+        dtype = np.result_type(*(_storage.compute_dtype(jnp.result_type(x)) for x in (grad, *encoded.values())))
+        seeds = {name: seed(name) for name, x in encoded.items() if _storage.is_rounded(x.dtype)}
         steps[i], new = _update_array(
-            rule, dtype, numbers(_storage.real_dtype(dtype)), seeds, grad, params_column[i], kept
+            rule, dtype, scalars(_storage.real_dtype(dtype)), seeds, grad, params_column[i], encoded
         )
         for name, x in new.items():
             columns[name][i] = x
@@ -151,44 +148,57 @@ def _update(
 def _update_array(
     rule: Rule,
     dtype: np.dtype,
-    numbers: Any,
+    scalars: Any,
     seeds: Mapping[str, _bits.Seed],
     grad: Any,
     param: Any,
-    kept: Mapping[str, Any],
+    encoded: Mapping[str, Any],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     g = jnp.asarray(grad, dtype)
     p = None if param is None else jnp.asarray(param, dtype)
     real = _storage.real_dtype(dtype)
     slots = {
-        slot.name: _storage.load(kept[slot.name], real if slot.non_negative else dtype, seeds.get(slot.name), g)
+        slot.name: _storage.load(encoded[slot.name], real if slot.non_negative else dtype, seeds.get(slot.name), g)
         for slot in rule.slots
     }
     with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
-        step, slots = rule(numbers, g, p, slots)
-    return step.astype(jnp.result_type(grad)), {name: slots[name].encoded for name in kept}
+        step, slots = rule(scalars, g, p, slots)
+    return _storage.saturate(step, jnp.result_type(grad)), {name: slots[name].encoded for name in encoded}
 
 
-def _checked_dtype(rule: Rule, path: Any, grad: Any, param: Any, kept: Mapping[str, Any]) -> np.dtype:
-    """The dtype to compute in: the gradient's precision or the state's, whichever is higher."""
-    grad_dtype = _dtype("gradient", path, grad)
-    if any(x is None for x in kept.values()):
+# --- Checks -------------------------------------------------------------------------------------------------
+
+
+def _check_state(rule: Rule, state: Any, state_type: type[Any], updates: optax.Updates) -> None:
+    if not isinstance(state, state_type):
+        raise TypeError(f"state has type {type(state).__name__}: allowed is the {state_type.__name__} that init makes")
+    if updates is None:  # its state is None, whatever is on
+        return
+    on = {slot.name for slot in rule.slots}
+    for name in state_type._fields[1:]:
+        if (name in on) == (getattr(state, name) is None):
+            raise ValueError(
+                f"state.{name} is {'' if name in on else 'not '}None: the state was made with other options"
+            )
+
+
+def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[str, Any]) -> None:
+    dtype = _checked_dtype("gradient", path, grad)
+    if any(x is None for x in encoded.values()):
         raise TypeError(
-            f"gradient{keystr(path)} has dtype {grad_dtype}, but its parameter has no state, as integers and "
+            f"gradient{keystr(path)} has dtype {dtype}, but its parameter has no state, as integers and "
             "booleans have none: allowed are None and float0"
         )
-    if not jnp.issubdtype(grad_dtype, jnp.inexact):
-        raise TypeError(f"gradient{keystr(path)} has dtype {grad_dtype}: allowed are floating and complex dtypes")
-    for name, other in {"parameter": param, **kept}.items():
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"gradient{keystr(path)} has dtype {dtype}: allowed are floating and complex dtypes")
+    for name, other in {"parameter": param, **encoded}.items():
         if other is not None and jnp.shape(other) != jnp.shape(grad):
             raise ValueError(
                 f"gradient{keystr(path)} has shape {jnp.shape(grad)}, its {name} {jnp.shape(other)}: they must be equal"
             )
-    signed = [kept[slot.name] for slot in rule.slots if not slot.non_negative]
-    for other in [*signed, *([] if param is None else [param])]:
-        _check_kind(path, grad, other)
-    dtypes = [grad_dtype, *(x.dtype for x in kept.values())]
-    return np.result_type(*map(_storage.compute_dtype, dtypes))
+    for other in [param, *(encoded[slot.name] for slot in rule.slots if not slot.non_negative)]:
+        if other is not None:
+            _check_kind(path, grad, other)
 
 
 def _check_kinds(updates: optax.Updates, params: Any) -> None:
@@ -206,20 +216,21 @@ def _check_kind(path: Any, grad: Any, other: Any) -> None:
         raise TypeError(f"gradient{keystr(path)} is {kinds}: both must be real or both complex")
 
 
-def _masked(updates: optax.Updates, params: optax.Params, mask: Any) -> optax.Params:
-    """`params` with None where the mask is False."""
-    for (path, grad), param in zip(_flatten(updates)[0], _column(updates, params, "params"), strict=True):
-        if grad is not None and param is None:
-            raise ValueError(f"params{keystr(path)} is None, and there is a gradient for it")
-    if mask is None:
-        return params
+def _checked_dtype(kind: str, path: Any, leaf: Any) -> Any:
+    """The dtype of a leaf, which must be a number or an array of numbers."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None and isinstance(leaf, (bool, int, float, complex)):
+        dtype = jnp.result_type(leaf)
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
+        found = f"type {type(leaf).__name__}" if dtype is None else f"dtype {dtype}"
+        raise TypeError(
+            f"{kind}{keystr(path)} has {found}: allowed are arrays of numbers. Leave it out "
+            "with eqx.filter(tree, eqx.is_inexact_array) or optax.masked"
+        )
+    return dtype
 
-    def select(path: Any, keep: Any, subtree: Any) -> Any:
-        if not isinstance(keep, (bool, np.bool_)):
-            raise TypeError(f"the mask{keystr(path)} has type {type(keep).__name__}: allowed are True and False")
-        return subtree if keep else jax.tree.map(lambda _: None, subtree)
 
-    return jax.tree.map_with_path(select, mask(params) if callable(mask) else mask, params)
+# --- Trees --------------------------------------------------------------------------------------------------
 
 
 def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
@@ -235,8 +246,35 @@ def _column(updates: optax.Updates, tree: Any, name: str) -> list[Any]:
     grads, paths = ({keystr(path) for path, _ in column} for column in (leaves, others))
     lacking = [f"no gradient for {path} of {name}" for path in sorted(paths - grads)]
     surplus = [f"no {path} in {name} for its gradient" for path in sorted(grads - paths)]
-    what = "; ".join(lacking + surplus) or f"{treedef} is not {other_treedef}"
-    raise ValueError(f"the gradients must have the structure of {name}: {what}")
+    differences = "; ".join(lacking + surplus) or f"{treedef} is not {other_treedef}"
+    raise ValueError(f"the gradients must have the structure of {name}: {differences}")
+
+
+def _params_with_gradients(updates: optax.Updates, params: optax.Params, mask: Any) -> optax.Params:
+    """`params` with None where there is no gradient or where the mask is False."""
+    leaves, treedef = _flatten(updates)
+    column, selected = _column(updates, params, "params"), _column(updates, _masked(params, mask), "params")
+    for i, (path, grad) in enumerate(leaves):
+        if grad is None:
+            selected[i] = None
+        elif column[i] is None:
+            raise ValueError(f"params{keystr(path)} is None, and there is a gradient for it")
+        elif selected[i] is not None:
+            _checked_dtype("parameter", path, selected[i])
+    return treedef.unflatten(selected)
+
+
+def _masked(params: optax.Params, mask: Any) -> optax.Params:
+    """`params` with None where the mask is False."""
+    if mask is None:
+        return params
+
+    def select(path: Any, keep: Any, subtree: Any) -> Any:
+        if not isinstance(keep, (bool, np.bool_)):
+            raise TypeError(f"the mask{keystr(path)} has type {type(keep).__name__}: allowed are True and False")
+        return subtree if keep else jax.tree.map(lambda _: None, subtree)
+
+    return jax.tree.map_with_path(select, mask(params) if callable(mask) else mask, params)
 
 
 def _without_float0(updates: optax.Updates) -> optax.Updates:
@@ -248,21 +286,43 @@ def _without_float0(updates: optax.Updates) -> optax.Updates:
     def leaf(path: Any, grad: Any) -> Any:
         if getattr(grad, "dtype", None) == jax.dtypes.float0:
             return None
-        _dtype("gradient", path, grad)
+        _checked_dtype("gradient", path, grad)
         return grad
 
     return jax.tree.map_with_path(leaf, updates)
 
 
-def _dtype(kind: str, path: Any, leaf: Any) -> Any:
-    """The dtype of a leaf that is an array of numbers or a number."""
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None and isinstance(leaf, (bool, int, float, complex)):
-        dtype = jnp.result_type(leaf)
-    if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
-        what = f"type {type(leaf).__name__}" if dtype is None else f"dtype {dtype}"
-        raise TypeError(
-            f"{kind}{keystr(path)} has {what}: allowed are arrays of numbers. Leave it out, "
-            "with eqx.filter(tree, eqx.is_inexact_array) or optax.masked"
-        )
-    return dtype
+# --- Made alike, equal --------------------------------------------------------------------------------------
+
+
+_inits: weakref.WeakValueDictionary[Any, Callable[..., Any]] = weakref.WeakValueDictionary()
+_updates: weakref.WeakValueDictionary[Any, Callable[..., Any]] = weakref.WeakValueDictionary()
+_making = threading.RLock()
+
+
+def alike(
+    arguments: Any, make: Callable[[], optax.GradientTransformationExtraArgs]
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation that `make` makes, or an earlier one that was made with the same arguments.
+
+    Flax keeps a transformation as static data, so one that equals no other compiles the training step again.
+    Transformations are remembered only while somebody uses them. Arguments that are arrays, or unhashable for
+    another reason, make a new one.
+    """
+    key = _typed(arguments)
+    try:
+        hash(key)
+    except TypeError:
+        return make()
+    with _making:
+        init, update = _inits.get(key), _updates.get(key)
+        if init is None or update is None:
+            init, update = _inits[key], _updates[key] = make()
+        return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _typed(x: Any) -> Any:
+    """A key that tells 1, 1.0 and True apart, and 0.0 and -0.0."""
+    if isinstance(x, tuple):
+        return (type(x), *map(_typed, x))
+    return (type(x), repr(x) if isinstance(x, (float, np.generic)) else x)

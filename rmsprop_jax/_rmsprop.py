@@ -44,10 +44,10 @@ def rmsprop(
     lr_in_momentum: bool = True,
     weight_decay: ArrayLike | None = None,
     weight_decay_mask: Any = None,
-    decoupled: bool = False,
+    decoupled: bool = True,
     state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """RMSProp, in every variant: divide the gradient by the root of its mean square.
+    """RMSProp in every variant: divide the gradient by the root of its mean square.
 
     With gradient g, parameter p, learning rate α and decay ρ, one update is::
 
@@ -60,9 +60,9 @@ def rmsprop(
         b ← mb + u,   p ← p - αb            unless lr_in_momentum
         p ← p - αλp                         if weight_decay and decoupled
 
-    Averages are computed in at least float32, and kept there unless `state_dtype` says otherwise.
-    Updates have the gradient's dtype. A gradient of zero gives an update of zero, also at
-    `eps=0`, and a finite gradient of any size gives a finite one. NaN and inf give NaN: see
+    Averages are computed in at least float32 and kept there, unless `state_dtype` says otherwise.
+    Updates have the gradient's dtype. A gradient of zero gives an update of zero, even with
+    `eps=0`, and finite gradients give finite updates. NaN and inf give NaN: see
     :func:`optax.apply_if_finite`.
 
     The positional arguments, their defaults and the numbers are those of :func:`optax.rmsprop`,
@@ -74,11 +74,14 @@ def rmsprop(
     state as it was. `equinox.apply_updates` applies such updates; :func:`optax.apply_updates` and
     :class:`optax.MultiSteps` need an array in every place.
 
+    Transformations made with the same arguments are equal, so a new one does not compile a training step
+    again. Two exceptions: arguments that are arrays, and functions that are not the same object.
+
     Args:
         learning_rate: α. A number, or a schedule: a function of the number of past updates.
             Negative rates ascend.
         decay: ρ, in [0, 1]. The average looks back over about 1/(1-ρ) updates.
-        eps: ε. It is compared with g² inside the root, and with |g| outside.
+        eps: ε. Inside the root it is compared with g², outside with |g|.
         initial_scale: ν before the first update. TensorFlow 1 uses 1.
         eps_in_sqrt: √(ν + ε) as in TensorFlow, instead of √ν + ε as in PyTorch.
         centered: divide by the standard deviation instead of the root mean square.
@@ -91,8 +94,8 @@ def rmsprop(
         weight_decay_mask: which parameters decay, as in :func:`optax.adamw`: a tree of booleans
             like the parameters' or a prefix of it, or a function from the parameters to it. `None`:
             all. With :func:`optax.inject_hyperparams`, name a function in `static_args`.
-        decoupled: shrink p by αλ directly (as AdamW does), instead of adding λp to g.
-        state_dtype: how ν is kept: `None` as it is computed, in 4 bytes; `jnp.bfloat16` in 2;
+        decoupled: shrink p by αλ directly, as AdamW does. `False` adds λp to g ("L2"), as PyTorch does.
+        state_dtype: how ν is kept: `None` in the dtype of the arithmetic, in 4 bytes; `jnp.bfloat16` in 2;
             `jnp.uint8` in 1. Both are rounded stochastically, so ν is right in the mean. A uint8 code
             is one of 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...} up to 1.5 · 2³⁷, which resolves |g| from 3e-14 to 4e5.
             Its noise is 0.15 to 0.45 of ν, whatever the decay, and makes steps 1 to 7 percent longer
@@ -122,8 +125,8 @@ def rmsprop(
         >>> print(jnp.round(params, 1))
         [ 0.  92.5]
 
-        A decay that grows with the number of updates, 1 - t^-0.8, is injected like a learning rate. The
-        injected numbers can be read, and set:
+        To schedule another number than the learning rate, inject it. Here the decay is 1 - t^-0.8. Injected
+        numbers can be read and set:
 
         >>> tx = optax.inject_hyperparams(rmsprop_jax.rmsprop)(
         ...     learning_rate=1e-3, decay=lambda count: 1 - (count.astype(jnp.float32) + 1) ** -0.8
@@ -134,7 +137,7 @@ def rmsprop(
         >>> print(f"{state.hyperparams['decay']:.3f} {state.hyperparams['learning_rate']:.3f}")
         0.842 0.001
 
-        When the batch changes, a decay keeps its half-life in examples as follows:
+        When the batch size changes, this decay has the same half-life in examples:
 
         >>> old_batch, new_batch = 64, 256
         >>> print(f"{0.999 ** (new_batch / old_batch):.3f}")
@@ -163,13 +166,13 @@ def rmsprop(
         raise ValueError("weight_decay_mask needs weight_decay, got weight_decay=None")
     return _transformation(
         rule,
-        learning_rate if callable(learning_rate) else _number("learning_rate", learning_rate, lower=-math.inf),
+        learning_rate,
         decay=decay,
         eps=eps,
         initial_scale=initial_scale,
-        momentum=None if momentum is None else _number("momentum", momentum, upper=1.0),
-        weight_decay=None if weight_decay is None else _number("weight_decay", weight_decay),
-        weight_decay_mask=_checked_mask(weight_decay_mask),
+        momentum=momentum,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
         state_dtype=state_dtype,
     )
 
@@ -214,8 +217,8 @@ def scale_by_rms(
         >>> print([f"{u:.3f}" for u in updates])
         ['-0.200', '0.200']
 
-        ν lags behind a gradient that suddenly grows, and the step is then too long. Clipping what comes out
-        mends that:
+        ν lags behind a gradient that suddenly grows, and the step is then too long. Clip the updates to
+        avoid that:
 
         >>> tx = optax.chain(
         ...     rmsprop_jax.scale_by_rms(0.99), optax.clip_by_block_rms(1.0), optax.scale_by_learning_rate(0.1)
@@ -236,20 +239,21 @@ def scale_by_rms(
 # --- The rule ---------------------------------------------------------------------------------------------
 
 
-class _Numbers(NamedTuple):
+class _Scalars(NamedTuple):
     """The scalars of the rule, computed once for all leaves: every operation takes time to compile."""
 
-    lr: jax.Array
-    minus_lr: jax.Array
-    decay: jax.Array
-    one_minus_decay: jax.Array
-    variance_gain: jax.Array  # (1-ρ)/ρ
-    decay_power: jax.Array  # ρᵗ
-    one_minus_power: jax.Array  # 1 - ρᵗ
-    eps: jax.Array
-    nonzero_eps: jax.Array  # what divides where the average is 0: ε, or 1 for an ε of 0
-    momentum: jax.Array | None
-    weight_decay: jax.Array | None
+    learning_rate: Any
+    decay: Any
+    one_minus_decay: Any
+    eps: Any
+    momentum: Any
+    weight_decay: Any
+    # The rule derives the others from these.
+    minus_learning_rate: Any = None
+    variance_gain: Any = None  # (1-ρ)/ρ
+    decay_power: Any = None  # ρᵗ
+    one_minus_power: Any = None  # 1 - ρᵗ
+    nonzero_eps: Any = None  # the denominator where the average is 0: ε, or 1 if ε is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,46 +277,40 @@ class _Rule:
 
     @property
     def slots(self) -> tuple[_pytree.Slot, ...]:
-        nu = _pytree.Slot("nu", one_byte=jnp.uint8, non_negative=True)
+        nu = _pytree.Slot("nu", narrowest=jnp.uint8, non_negative=True)
         # In one byte a mean could not tell apart gradients that differ by less than half of it.
-        mu = (_pytree.Slot("mu", one_byte=jnp.bfloat16),) if self.centered else ()
-        trace = (_pytree.Slot("trace", one_byte=jnp.int8),) if self.momentum else ()
+        mu = (_pytree.Slot("mu", narrowest=jnp.bfloat16),) if self.centered else ()
+        trace = (_pytree.Slot("trace", narrowest=jnp.int8),) if self.momentum else ()
         return (nu, *mu, *trace)
 
-    def numbers(self, count: jax.Array, hyperparameters: Mapping[str, Any]) -> _Numbers:
-        lr, decay, one_minus_decay, eps = (
-            hyperparameters[name] for name in ("learning_rate", "decay", "one_minus_decay", "eps")
-        )
+    def scalars(self, count: jax.Array, hyperparameters: _Scalars) -> _Scalars:
+        decay, eps = hyperparameters.decay, hyperparameters.eps
         tiny = jnp.finfo(decay.dtype).tiny
         decay_power = decay ** count.astype(decay.dtype)
-        return _Numbers(
-            lr=lr,
-            minus_lr=-lr,
-            decay=decay,
-            one_minus_decay=one_minus_decay,
-            # Two selects, because the derivative of what is not selected must be finite, too.
-            variance_gain=jnp.where(decay > tiny, one_minus_decay / jnp.where(decay > tiny, decay, 1), 0),
+        return hyperparameters._replace(
+            minus_learning_rate=-hyperparameters.learning_rate,
+            # Two selects, because the derivative of the branch that is not selected must be finite as well.
+            variance_gain=jnp.where(
+                decay > tiny, hyperparameters.one_minus_decay / jnp.where(decay > tiny, decay, 1), 0
+            ),
             decay_power=decay_power,
             # An average that never moves, at ρ = 1, has no bias.
             one_minus_power=_one_for_zero(1 - decay_power),
-            eps=eps,
             # The largest g that is not clipped, divided by this, is finite.
             nonzero_eps=jnp.where(eps == 0, 1, jnp.maximum(eps, float(tiny) ** 0.5)),
-            momentum=hyperparameters["momentum"],
-            weight_decay=hyperparameters["weight_decay"],
         )
 
     def __call__(
         self,
-        numbers: _Numbers,
+        scalars: _Scalars,
         grad: jax.Array,
         param: jax.Array | None,
         slots: Mapping[str, _storage.Accumulator],
     ) -> tuple[jax.Array, dict[str, _storage.Accumulator]]:
-        c, new = numbers, dict(slots)
+        new = dict(slots)
 
-        if c.weight_decay is not None and param is not None and not self.decoupled:
-            grad = grad + c.weight_decay * param
+        if scalars.weight_decay is not None and param is not None and not self.decoupled:
+            grad = grad + scalars.weight_decay * param
         # A gradient whose square ν cannot hold is reduced to the largest whose square it can. Its step is
         # as long as any other, and ν has recovered after about 90/(1-ρ) updates.
         nu = slots["nu"]
@@ -321,38 +319,41 @@ class _Rule:
         if self.centered:
             # With the new mean g - μ' = ρ(g - μ), so this is ρ(ν + (1-ρ)|g - μ|²). With the old mean
             # XLA's CPU backend copies the donated buffers.
-            mu = new["mu"] = slots["mu"].set(slots["mu"].value + c.one_minus_decay * (g - slots["mu"].value))
-            nu = new["nu"] = nu.set(c.decay * nu.value + c.variance_gain * _abs_sq(g - mu.value))
-            second_moment = nu.value + c.decay_power * _abs_sq(mu.value) if self.bias_correction else nu.value
+            mu = new["mu"] = slots["mu"].set(slots["mu"].value + scalars.one_minus_decay * (g - slots["mu"].value))
+            nu = new["nu"] = nu.set(scalars.decay * nu.value + scalars.variance_gain * _abs_sq(g - mu.value))
+            second_moment = nu.value + scalars.decay_power * _abs_sq(mu.value) if self.bias_correction else nu.value
         else:
-            # Bounding |g|² compiles faster than clipping g here, too.
-            nu = new["nu"] = nu.set(c.decay * nu.value + c.one_minus_decay * jnp.minimum(_abs_sq(grad), nu.largest))
+            # Here, bounding |g|² compiles faster than clipping g.
+            square = jnp.minimum(_abs_sq(grad), nu.largest)
+            nu = new["nu"] = nu.set(scalars.decay * nu.value + scalars.one_minus_decay * square)
             second_moment = nu.value
-        nu_hat = second_moment / c.one_minus_power if self.bias_correction else second_moment
+        nu_hat = second_moment / scalars.one_minus_power if self.bias_correction else second_moment
 
+        # grad - grad adds 0, but NaN for the inf that clipping hid. The sum also keeps XLA from turning
+        # g / sqrt(x) into g * rsqrt(x): its CPU backend does not vectorize rsqrt where cores get unequal parts of
+        # an array, and takes more than twice as long.
+        u = g / (self._denominator(scalars, nu_hat) + (grad - grad))
+
+        if scalars.momentum is not None:
+            increment = scalars.learning_rate * u if self.lr_in_momentum else u
+            trace = new["trace"] = slots["trace"].set(scalars.momentum * slots["trace"].value + increment)
+            b = scalars.momentum * trace.value + increment if self.nesterov else trace.value
+            step = -b if self.lr_in_momentum else scalars.minus_learning_rate * b
+        else:
+            step = scalars.minus_learning_rate * u
+        if scalars.weight_decay is not None and param is not None and self.decoupled:
+            step = step + scalars.minus_learning_rate * scalars.weight_decay * param
+        return step, new
+
+    def _denominator(self, scalars: _Scalars, nu_hat: jax.Array) -> jax.Array:
         # Where the denominator is 0, which takes ε = 0, g is divided by 1: an update of 0 for a gradient
         # of 0. Subnormal numbers count as 0 on every machine, as they do on some. NaN passes. The selects
         # keep the zero out of the root and the quotient, so that derivatives of any order are finite.
         if self.eps_in_sqrt:
-            square = nu_hat + c.eps
-            denominator = jnp.sqrt(_one_for_zero(square) if self.eps_may_be_zero else square)
-        else:
-            denominator = jnp.where(_is_zero(nu_hat), c.nonzero_eps, jnp.sqrt(_one_for_zero(nu_hat)) + c.eps)
-        # grad - grad adds 0, but NaN for the inf that clipping hid. The sum also keeps XLA from turning
-        # g / sqrt(x) into g * rsqrt(x): its CPU backend does not vectorize rsqrt where cores get unequal parts of
-        # an array, and takes more than twice as long.
-        u = g / (denominator + (grad - grad))
-
-        if c.momentum is not None:
-            increment = c.lr * u if self.lr_in_momentum else u
-            trace = new["trace"] = slots["trace"].set(c.momentum * slots["trace"].value + increment)
-            b = c.momentum * trace.value + increment if self.nesterov else trace.value
-            step = -b if self.lr_in_momentum else c.minus_lr * b
-        else:
-            step = c.minus_lr * u
-        if c.weight_decay is not None and param is not None and self.decoupled:
-            step = step + c.minus_lr * c.weight_decay * param
-        return step, new
+            square = nu_hat + scalars.eps
+            return jnp.sqrt(_one_for_zero(square) if self.eps_may_be_zero else square)
+        root = jnp.sqrt(_one_for_zero(nu_hat)) + scalars.eps
+        return jnp.where(_is_zero(nu_hat), scalars.nonzero_eps, root)
 
 
 def _one_for_zero(x: jax.Array) -> jax.Array:
@@ -396,34 +397,30 @@ def _transformation(
             "with optax.inject_hyperparams, set hyperparam_dtype=jnp.float32",
             stacklevel=3,
         )
-    decay = _number("decay", decay, upper=1.0)
-    eps = _number("eps", eps)
-    rule = dataclasses.replace(
-        rule, eps_may_be_zero=isinstance(eps, jax.Array) or bool(eps < jnp.finfo(jnp.float32).tiny)
-    )
+    state_dtype, weight_decay_mask = _checked_state_dtype(state_dtype), _checked_mask(weight_decay_mask)
+    arguments = (learning_rate, decay, eps, initial_scale, momentum, weight_decay, weight_decay_mask, state_dtype)
+    if not callable(learning_rate):
+        learning_rate = _number("learning_rate", learning_rate, lower=-math.inf)
+    decay, eps = _number("decay", decay, upper=1.0), _number("eps", eps)
+    momentum = None if momentum is None else _number("momentum", momentum, upper=1.0)
+    weight_decay = None if weight_decay is None else _number("weight_decay", weight_decay)
+    initial = {"nu": _number("initial_scale", initial_scale)}
+    eps_may_be_zero = isinstance(eps, jax.Array) or bool(eps < jnp.finfo(jnp.float32).tiny)
+    rule = dataclasses.replace(rule, eps_may_be_zero=eps_may_be_zero)
+    needs_params = None if weight_decay is None else "weight_decay"
 
-    def hyperparameters(count: jax.Array) -> dict[str, Any]:
+    def hyperparameters(count: jax.Array) -> _Scalars:
         rate = learning_rate
         if callable(rate):
             rate = _number("learning_rate(count)", rate(count), lower=-math.inf)
         # 1 - ρ here, in the precision of a Python float: in float32, 1 - 0.999 is off by 1e-5.
-        return {
-            "learning_rate": rate,
-            "decay": decay,
-            "one_minus_decay": 1 - decay,
-            "eps": eps,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-        }
+        return _Scalars(rate, decay, 1 - decay, eps, momentum, weight_decay)
 
-    return _pytree.lift(
-        rule,
-        hyperparameters,
-        RMSPropState,
-        initial={"nu": _number("initial_scale", initial_scale)},
-        state_dtype=_checked_state_dtype(state_dtype),
-        params_for=None if weight_decay is None else "weight_decay",
-        params_mask=weight_decay_mask,
+    return _pytree.alike(
+        (rule, *arguments),
+        lambda: _pytree.lift(
+            rule, hyperparameters, RMSPropState, initial, state_dtype, needs_params, weight_decay_mask
+        ),
     )
 
 

@@ -111,3 +111,11 @@ def compute_dtype(dtype: DTypeLike) -> np.dtype:
 def real_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype of |x| for x of `dtype`."""
     return np.dtype(jnp.finfo(dtype).dtype)
+
+
+def saturate(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`x` in `dtype`. A finite number that float16 cannot hold becomes the largest that it can."""
+    if dtype == jnp.float16:
+        largest = float(jnp.finfo(jnp.float16).max)
+        x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
+    return x.astype(dtype)

@@ -896,7 +896,7 @@ def _refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:
 
 def _options(**options: Any) -> dict[str, Any]:
     """Arguments of `rmsprop` as it takes them, from a framework's: a momentum or a decay of 0 is off."""
-    options = {name: _plain(value) for name, value in options.items()}
+    options = {"decoupled": False} | {name: _plain(value) for name, value in options.items()}
     for name in ("momentum", "weight_decay"):
         options[name] = _off(options.get(name))
     if options["weight_decay"] is None:

@@ -22,7 +22,7 @@ def rmsprop(
     *,
     lr_in_momentum=True,
     weight_decay=None,
-    decoupled=False,
+    decoupled=True,
 ):
     """The parameters after each of `steps` updates; `grads(p, t)` is the gradient, t counts from 0."""
     wide = np.complex128 if np.iscomplexobj(params) else np.float64

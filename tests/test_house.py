@@ -166,13 +166,3 @@ def test_nothing_refers_to_files_that_are_not_here():
     for path in [*ROOT.glob("*.md"), *PACKAGE.glob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         if path.name != "test_house.py":
             assert not re.search(r"(design|ecosystem|rmsprop-dialects)\.md", path.read_text()), path
-
-
-def test_the_readme_has_the_equations_of_the_docstring():
-    in_docstring = re.search(r"one update is::\n\n(.*?)\n\n", rmsprop_jax.rmsprop.__doc__, re.DOTALL)
-    in_readme = re.search(r"one update is\n\n(.*?)\n\n", README, re.DOTALL)
-    assert in_docstring
-    assert in_readme
-    ours, theirs = ([line.split() for line in match[1].splitlines()] for match in (in_docstring, in_readme))
-    assert ours == theirs
-    assert len(ours) == 8

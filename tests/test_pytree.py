@@ -1,6 +1,10 @@
 """The lift: trees, leaves, dtypes, compilation, donation. What holds for one option holds for all: few options here."""
 
+import concurrent.futures
+import copy
+import gc
 import re
+import weakref
 
 import equinox as eqx
 import jax
@@ -8,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training import train_state
 from hypothesis import example, given, settings, strategies as st
 from jax import export
 
@@ -340,8 +345,36 @@ def test_params_of_another_shape_are_named():
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_weight_decay_needs_params(decoupled):
     tx = rmsprop(0.1, weight_decay=0.1, decoupled=decoupled)
-    with pytest.raises(ValueError, match=r"weight_decay needs the parameters \[\"\['w'\]\"\]: call update"):
+    with pytest.raises(ValueError, match=r"weight_decay needs params: call update\(updates, state, params\)"):
         tx.update({"w": W}, tx.init({"w": W}))
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_a_whole_equinox_module_serves_as_params(decoupled):
+    """Its functions and integers have no gradient, so a weight decay passes over them."""
+    model = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0))
+    grads = jax.tree.map(lambda x: jnp.ones_like(x) if eqx.is_inexact_array(x) else None, model)
+    tx = rmsprop(0.1, weight_decay=0.1, decoupled=decoupled)
+    trained = eqx.filter(model, eqx.is_inexact_array)
+    updates, _ = tx.update(grads, tx.init(trained), model)
+    expected, _ = tx.update(grads, tx.init(trained), trained)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+@pytest.mark.parametrize(("tree", "message"), BAD_LEAVES.values(), ids=BAD_LEAVES.keys())
+def test_a_parameter_that_is_no_array_but_has_a_gradient(tree, message):
+    tx = rmsprop(0.1, weight_decay=0.1)
+    grads = jax.tree.map(lambda _: 1.0, tree)
+    with pytest.raises(TypeError, match=f"parameter{message}.*allowed are arrays of numbers"):
+        tx.update(grads, tx.init(grads), tree)
+
+
+def test_float16_saturates():
+    """ν stays 0 at a decay of 1, so the step is g / √ε = 10⁶."""
+    tx = rmsprop(1.0, decay=1.0)
+    grads = jnp.array([100.0, -100.0, 0.0, jnp.inf, jnp.nan], jnp.float16)
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_array_equal(updates, np.array([-65504, 65504, 0, np.nan, np.nan], np.float16))
 
 
 FOREIGN = {
@@ -635,3 +668,96 @@ def test_init_on_shapes_allocates_what_init_on_arrays_does():
 def test_scale_by_rms_keeps_the_sign():
     updates, _ = scale_by_rms(0.75, 0.0).update(jnp.array([2.0, -3.0]), scale_by_rms().init(jnp.ones(2)))
     np.testing.assert_array_equal(updates, [2.0, -2.0])
+
+
+# --- Made alike, equal --------------------------------------------------------------------------------
+
+
+def rate(count):
+    return 0.1 / (1 + count.astype(jnp.float32))
+
+
+ALIKE = {
+    "number": lambda: rmsprop(1e-3),
+    "options": lambda: rmsprop(1e-3, momentum=0.9, centered=True, weight_decay=0.1, state_dtype=jnp.uint8),
+    "schedule": lambda: rmsprop(rate, initial_scale=np.float32(1.0)),
+    "mask": lambda: rmsprop(1e-3, weight_decay=0.1, weight_decay_mask=(True, False)),
+    "scale_by_rms": lambda: scale_by_rms(0.99, state_dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE)
+def test_transformations_made_alike_are_equal(make):
+    first = make()
+    assert first == make()
+    assert hash(first) == hash(make())
+    assert first == copy.deepcopy(first)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: make(), range(32))) == {first}
+
+
+def test_spellings_of_one_call_are_equal():
+    assert rmsprop(1e-3) == rmsprop(learning_rate=1e-3, decay=0.9, nesterov=False)
+    assert rmsprop(1e-3, state_dtype="uint8") == rmsprop(1e-3, state_dtype=jnp.uint8)
+
+
+def test_other_arguments_make_another_transformation():
+    made = [
+        *(rmsprop(rate) for rate in (1, 1.0, np.float32(1), 0.0, -0.0, lambda count: 1.0)),
+        *(rmsprop(1.0, decay=decay) for decay in (1, 1.0, 0)),
+        rmsprop(1.0, initial_scale=0),
+        rmsprop(1.0, weight_decay=0.1),
+        rmsprop(1.0, weight_decay=0.1, weight_decay_mask=(True,)),
+        rmsprop(1.0, state_dtype=jnp.uint8),
+        scale_by_rms(),
+    ]
+    assert len(set(made)) == len(made)
+    for wrong in (True, "1"):
+        with pytest.raises(TypeError, match="learning_rate"):
+            rmsprop(wrong)
+    tx = rmsprop(1.0, weight_decay=0.1, weight_decay_mask=(1,))
+    with pytest.raises(TypeError, match=r"the mask\[0\] has type int"):
+        tx.update((W,), tx.init((W,)), (W,))
+
+
+def test_arrays_and_unhashable_arguments_are_never_remembered():
+    for argument in (jnp.float32(0.1), np.array(0.1)):
+        assert rmsprop(argument) != rmsprop(argument)
+    mask = {"w": True}
+    assert rmsprop(0.1, weight_decay=0.1, weight_decay_mask=mask) != rmsprop(
+        0.1, weight_decay=0.1, weight_decay_mask=mask
+    )
+
+
+def test_nothing_outlives_its_last_user():
+    """A schedule may hold a large array, or a tracer."""
+
+    class Schedule:
+        def __call__(self, count):
+            return 0.1
+
+    schedule = Schedule()
+    gone = weakref.ref(schedule)
+    made = [rmsprop(schedule), rmsprop(schedule)]
+    assert made[0] == made[1]
+    del schedule, made
+    gc.collect()
+    assert gone() is None
+    with jax.checking_leaks():
+        jax.jit(lambda x: rmsprop(lambda _: x).update(W, rmsprop(1.0).init(W))[0])(0.1)
+
+
+@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE)
+def test_a_loop_over_seeds_compiles_once(make, compilations):
+    """Flax keeps the transformation of a TrainState as static data."""
+    params = (jnp.ones((3, 5)), jnp.ones(5))
+    step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
+
+    def run():
+        state = train_state.TrainState.create(apply_fn=rate, params=params, tx=make())
+        return step(state, params)
+
+    run()
+    with compilations() as compiled:
+        run()
+    assert compiled == []

@@ -37,7 +37,7 @@ NUMBERS = [
     {"eps": eps, "initial_scale": scale, "decay": decay}
     for eps, scale, decay in [(1e-8, 0.0, 0.9), (1e-3, 1.0, 0.9), (1e-8, 1.0, 0.99), (1e-3, 0.0, 0.5)]
 ]
-DECAYS = [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled": True}]
+DECAYS = [{}, {"weight_decay": 0.1, "decoupled": False}, {"weight_decay": 0.1}]
 
 
 def grid(*axes):
@@ -109,6 +109,7 @@ def test_equals_float64_on_complex_parameters(options):
 
 
 SGD = {"decay": 1.0, "eps": 0.0, "initial_scale": 1.0}
+COUPLED = {"weight_decay": 0.25, "decoupled": False}
 
 # One parameter at 8, gradients 2 then 6, and numbers with exact binary fractions and exact roots.
 EXACT = {
@@ -160,14 +161,14 @@ EXACT = {
         SGD | {"momentum": 0.5, "rates": [0.5, 0.25]},
         [7, 7 - (0.5 * 1 + 0.25 * 6)],
     ),
-    "coupled decay": (SGD | {"weight_decay": 0.25}, [8 - 0.5 * (2 + 2)]),
-    "coupled decay enters the average": ({"decay": 0.75, "eps": 0.0, "weight_decay": 0.25}, [8 - 0.5 * 4 / 2]),
+    "coupled decay": (SGD | COUPLED, [8 - 0.5 * (2 + 2)]),
+    "coupled decay enters the average": (COUPLED | {"decay": 0.75, "eps": 0.0}, [8 - 0.5 * 4 / 2]),
     "decoupled decay": (
-        SGD | {"weight_decay": 0.25, "decoupled": True},
+        SGD | {"weight_decay": 0.25},
         [8 - 0.5 * 2 - 0.5 * 0.25 * 8],
     ),
     "decoupled decay stays out of the buffer": (
-        SGD | {"weight_decay": 0.25, "decoupled": True, "momentum": 0.5, "rates": [0.5, 0.0]},
+        SGD | {"weight_decay": 0.25, "momentum": 0.5, "rates": [0.5, 0.0]},
         [6, 6 - 0.5 * 1],
     ),
 }
