@@ -1,4 +1,4 @@
-"""Codes of narrow floats, stochastic rounding, and the random bits for it. One array at a time.
+"""Codes of narrow floats, stochastic rounding, and the random bits for it. One array at a time, no dtype decisions.
 
 `bfloat16` and the one-byte codes are the upper bits of a float32, rounded stochastically. An average moves by a
 fraction 1-ρ of itself per update, far less than the gap between two codes: rounded to nearest, it
@@ -35,19 +35,34 @@ def seeds(count: jax.Array, purpose: str) -> Seed:
 
 
 def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
-    """Random bits for each element: a·bits(arrays) + b.
+    """Random bits for each element: a·x + b, where x mixes the bits of the arrays with the element's place.
 
-    They are uniform whatever the arrays hold, because b is. They are independent for elements that
-    differ, because a is odd and new in each update. There is no key and no index in them, so neither
-    the place of an element nor its neighbours matter.
+    They are uniform whatever the arrays hold, because b is. They are independent for elements that differ in
+    value or place, because a is odd and new in each update. A place is that in the whole array, so the bits are
+    the same on any layout of devices. Inside `shard_map`, `vmap` and `pmap` it is that in the local array, which
+    gives other bits.
     """
     a, b = seed
-    x = bits(arrays[0])
-    for array in arrays[1:]:
+    first, *others = (bits(part) for array in arrays for part in _parts(array))
+    x = first ^ _place(first.shape)
+    for other in others:
         # The bits of bfloat16 are in the upper half of a word; a multiplication carries nothing downwards.
-        x = (x ^ (x >> 16)) * np.uint32(0x9E3779B1) + bits(array)
+        x = (x ^ (x >> 16)) * np.uint32(0x9E3779B1) + other
         x = x ^ (x >> 15)
     return x * a + b
+
+
+def _place(shape: tuple[int, ...]) -> Any:
+    """A number for the place of each element in an array of this shape."""
+    place, stride = np.uint32(0), 0x9E3779B1
+    for axis in reversed(range(len(shape))):
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return place
+
+
+def _parts(array: jax.Array) -> tuple[jax.Array, ...]:
+    return (array.real, array.imag) if jnp.iscomplexobj(array) else (array,)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -74,14 +89,14 @@ class _Code(NamedTuple):
     largest: np.float32
 
     def encode(self, x: jax.Array, noise: Any) -> jax.Array:
-        first, last = self.smallest.view(np.uint32), self.largest.view(np.uint32)
-        # Clamped as bits, not as values: NaN has no code, and is kept as the largest.
-        above = jax.lax.clamp(first, bits(x), last) - first
-        # The bits left out exceed r with the right probability; this compares them at the top of a word.
-        up = (above << (32 - self.dropped)) > noise
-        # The last operation has two arrays, because XLA's CPU backend recomputes what ends in an operation
-        # on one array wherever it is read. Then the step would read the old codes, and they would have to be copied.
-        return (above >> self.dropped).astype(jnp.uint8) + up.astype(jnp.uint8)
+        x = _as_float32(x)
+        above = bits(jnp.maximum(x, self.smallest)) - self.smallest.view(np.uint32)
+        code = (above + (noise >> (32 - self.dropped))) >> self.dropped
+        # NaN has no code and is kept as the largest. The last operation has two arrays, because XLA's CPU backend
+        # recomputes what ends in an operation on one array wherever it is read. Then the step would read the
+        # old codes, and they would have to be copied.
+        last = (self.largest.view(np.uint32) - self.smallest.view(np.uint32)) >> np.uint32(self.dropped)
+        return jnp.where(x < self.largest, code.astype(jnp.uint8), last.astype(np.uint8))
 
     def decode(self, code: jax.Array) -> jax.Array:
         return _float32((code.astype(jnp.uint32) << self.dropped) + self.smallest.view(np.uint32))
@@ -119,44 +134,51 @@ def from_int8(code: jax.Array) -> jax.Array:
 # --- Two bytes --------------------------------------------------------------------------------------------
 
 
-def to_bfloat16(x: jax.Array, noise: Any, rest: jax.Array | None = None) -> jax.Array:
-    """Rounds to one of the two bfloat16 neighbours of `x`. The mean over the noise is `x`, or `x + rest`.
-
-    `rest` is what float32 could not hold of `x`: at most half of its last place.
-    """
-    exact = bits(x)
-    upper = exact + (noise >> 16)
-    if rest is not None:
-        upper = upper + _carry(exact, rest, noise)
+def to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
+    """Rounds to one of the two bfloat16 neighbours of `x`. The mean over the noise is `x`."""
     # The noise would carry NVIDIA's NaN, 0x7fffffff, over into -0. The select is of float32, and the
     # conversion comes last: XLA's CPU backend would widen a select of bfloat16, and recompute it from
     # the old state wherever it is read, which has to be copied for that.
-    rounded = _float32(upper & np.uint32(0xFFFF0000))
-    return jnp.where(jnp.isnan(x), x.astype(jnp.float32), rounded).astype(jnp.bfloat16)
+    x = _as_float32(x)
+    rounded = _float32((bits(x) + (noise >> 16)) & np.uint32(0xFFFF0000))
+    return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)
 
 
-def _carry(exact: jax.Array, rest: jax.Array, noise: jax.Array) -> jax.Array:
-    """-1, 0 or 1 of the last place of a float32, so that the mean over the lower 16 bits of the noise is `rest`."""
-    # Bits grow away from zero. Just below a power of two, numbers are twice as close as above it.
-    outward = jnp.where(exact >> 31 == 1, -rest, rest)
-    outward = jnp.where((outward < 0) & (exact & 0x7FFFFF == 0), 2 * outward, outward)
-    exponent = jnp.minimum(exact & 0x7F800000, 0x7F000000)  # inf has none
-    one_over_size = _float32(np.uint32(0x7F000000) - exponent)
-    places = jnp.floor(outward * one_over_size * np.float32(2.0 ** (23 + 16))).astype(jnp.int32)
-    return (((noise & 0xFFFF).astype(jnp.int32) + places) >> 16).astype(jnp.uint32)
+# --- Three bytes: a bfloat16 and the eight bits behind it --------------------------------------------------
+
+
+def split(x: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rounds a float32 stochastically to 24 bits: the nearest bfloat16, and the rest as an int8."""
+    kept = (bits(x) + (noise >> 24)) & np.uint32(0xFFFFFF00)
+    # Half up. To nearest even, two pairs would stand for one number.
+    upper = (kept + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
+    nearest = _float32(upper)
+    rest = ((kept.astype(jnp.int32) - upper.astype(jnp.int32)) >> 8).astype(jnp.int8)
+    finite = jnp.isfinite(x) & jnp.isfinite(nearest)
+    return jnp.where(jnp.isfinite(x), nearest, x).astype(jnp.bfloat16), jnp.where(finite, rest, jnp.int8(0))
+
+
+def join(upper: jax.Array, rest: jax.Array) -> jax.Array:
+    """The float32 that a bfloat16 and its rest stand for."""
+    # A parameter may have been set to zero since. A rest below zero would then make the bits of a NaN.
+    rest = jnp.where(upper == 0, jnp.int8(0), rest)
+    return _float32((bits(upper).astype(jnp.int32) + (rest.astype(jnp.int32) << 8)).astype(jnp.uint32))
 
 
 # --- Floats as integers -----------------------------------------------------------------------------------
 
 
 def bits(x: jax.Array) -> jax.Array:
-    """The bits of `x` as a float32, saturated; of both components if complex."""
-    if jnp.iscomplexobj(x):
-        return bits(x.real) + 3 * bits(x.imag)
+    """The bits of a real `x` as a float32."""
+    return jax.lax.bitcast_convert_type(_as_float32(x), jnp.uint32)
+
+
+def _as_float32(x: jax.Array) -> jax.Array:
+    """`x` as a float32. A float64 beyond its range saturates."""
     if x.dtype == jnp.float64:
         limit = float(np.finfo(np.float32).max) / 2
         x = jnp.clip(x, -limit, limit)
-    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return x.astype(jnp.float32)
 
 
 def _float32(bits: jax.Array) -> jax.Array:

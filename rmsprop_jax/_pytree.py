@@ -121,15 +121,15 @@ def _update(
     def seed(slot: str) -> _bits.Seed:
         return _bits.seeds(count, slot)
 
-    leaves, treedef = _flatten(updates)
-    columns = {slot.name: _column(updates, getattr(state, slot.name), f"state.{slot.name}") for slot in rule.slots}
-    params_column = [None] * len(leaves) if params is None else _column(updates, params, "params")
+    leaves, treedef = flatten(updates)
+    columns = {slot.name: column(updates, getattr(state, slot.name), f"state.{slot.name}") for slot in rule.slots}
+    params_column = [None] * len(leaves) if params is None else column(updates, params, "params")
 
     steps: list[Any] = [None] * len(leaves)
     for i, (path, grad) in enumerate(leaves):
         if grad is None:
             continue
-        encoded = {name: column[i] for name, column in columns.items()}
+        encoded = {name: leaves_of_slot[i] for name, leaves_of_slot in columns.items()}
         _check_leaf(rule, path, grad, params_column[i], encoded)
         dtype = np.result_type(*(_storage.compute_dtype(jnp.result_type(x)) for x in (grad, *encoded.values())))
         seeds = {name: seed(name) for name, x in encoded.items() if _storage.is_rounded(x.dtype)}
@@ -138,7 +138,7 @@ def _update(
         )
         for name, x in new.items():
             columns[name][i] = x
-    trees = {name: treedef.unflatten(column) for name, column in columns.items()}
+    trees = {name: treedef.unflatten(leaves_of_slot) for name, leaves_of_slot in columns.items()}
     return treedef.unflatten(steps), state._replace(count=count, **trees)
 
 
@@ -233,31 +233,31 @@ def _checked_dtype(kind: str, path: Any, leaf: Any) -> Any:
 # --- Trees --------------------------------------------------------------------------------------------------
 
 
-def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
+def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
     """Leaves with their paths, where None is a leaf: a gradient that is missing, or a state."""
     return tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
 
 
-def _column(updates: optax.Updates, tree: Any, name: str) -> list[Any]:
+def column(updates: optax.Updates, tree: Any, name: str, kind: str = "gradient") -> list[Any]:
     """The leaves of `tree` in the order of the leaves of `updates`, or an error that names those without a partner."""
-    (leaves, treedef), (others, other_treedef) = _flatten(updates), _flatten(tree)
+    (leaves, treedef), (others, other_treedef) = flatten(updates), flatten(tree)
     if treedef == other_treedef:
         return [leaf for _, leaf in others]
-    grads, paths = ({keystr(path) for path, _ in column} for column in (leaves, others))
-    lacking = [f"no gradient for {path} of {name}" for path in sorted(paths - grads)]
-    surplus = [f"no {path} in {name} for its gradient" for path in sorted(grads - paths)]
+    ours, theirs = ({keystr(path) for path, _ in side} for side in (leaves, others))
+    lacking = [f"no {kind} for {path} of {name}" for path in sorted(theirs - ours)]
+    surplus = [f"no {path} in {name} for its {kind}" for path in sorted(ours - theirs)]
     differences = "; ".join(lacking + surplus) or f"{treedef} is not {other_treedef}"
-    raise ValueError(f"the gradients must have the structure of {name}: {differences}")
+    raise ValueError(f"the {kind}s must have the structure of {name}: {differences}")
 
 
 def _params_with_gradients(updates: optax.Updates, params: optax.Params, mask: Any) -> optax.Params:
     """`params` with None where there is no gradient or where the mask is False."""
-    leaves, treedef = _flatten(updates)
-    column, selected = _column(updates, params, "params"), _column(updates, _masked(params, mask), "params")
+    leaves, treedef = flatten(updates)
+    given, selected = column(updates, params, "params"), column(updates, _masked(params, mask), "params")
     for i, (path, grad) in enumerate(leaves):
         if grad is None:
             selected[i] = None
-        elif column[i] is None:
+        elif given[i] is None:
             raise ValueError(f"params{keystr(path)} is None, and there is a gradient for it")
         elif selected[i] is not None:
             _checked_dtype("parameter", path, selected[i])

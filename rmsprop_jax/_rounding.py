@@ -5,17 +5,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import keystr, tree_flatten_with_path
 
-from . import _bits, _placement
+from . import _bits, _placement, _pytree, _storage
 
 
 class RoundParamsState(NamedTuple):
     """The state of :func:`round_params_stochastically`."""
 
     step: jax.Array  # updates made so far; shape=(), dtype=int32, stops at the largest
+    rest: Any = None  # with `keep_rest`, a tree like the parameters; int8, or None for leaves that are not bfloat16
 
 
-def round_params_stochastically() -> optax.GradientTransformationExtraArgs:
+def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransformationExtraArgs:
     """Rounds bfloat16 parameters up or down at random, so that small steps are not lost.
 
     A bfloat16 parameter of size 1 cannot move by less than 2⁻⁸ of itself. Steps below half of that are lost
@@ -25,24 +27,39 @@ def round_params_stochastically() -> optax.GradientTransformationExtraArgs:
         p' = p + u, rounded to one of its two bfloat16 neighbours
         u ← p' - p
 
-    with probabilities that make the mean of p' equal to p + u, down to steps of a millionth of p's last place,
-    which float32 parameters would lose. :func:`optax.apply_updates` then lands on p': exactly if p' is
+    with probabilities that make the mean of p' equal to p + u. The sum is that of float32, so a step is lost
+    only where a float32 parameter would lose it. :func:`optax.apply_updates` then lands on p': exactly if p' is
     between p/2 and 2p, and within three units in the last place otherwise, where a bfloat16 u may not hold
     the difference. An update of zero changes no bit. NaN and inf pass.
 
-    The random bits are a hash of the bits of p and of u and of the number of the update. There is no key, and
-    the same parameters, updates and step give the same result on any layout of devices. Elements with
-    equal p and equal u are rounded alike in one update: right in the mean over updates, but they do not
-    average out against each other.
+    With `keep_rest` the state keeps what is rounded away, in one more byte. Parameter and rest together are a
+    float of 24 bits, w, which is rounded stochastically below those::
+
+        w' = w + u, rounded to one of its two neighbours of 24 bits
+        p' = the bfloat16 nearest to w',  rest' = w' - p' in units of 2⁻⁸ of p's last place
+
+    The network runs on p, and the optimizer moves w, which does as well as a float32 parameter even where three
+    bytes are noisy: at small learning rates. :func:`params_in_float32` gives w.
+
+    The random bits are a hash of the values, of the place in the array and of the number of the update. There is
+    no key, and the same parameters, updates and step give the same result on any layout of devices.
 
     Updates keep their dtype. Leaves that are not bfloat16 pass through: float32 does not need this, and
     the range of float16 is too small to keep parameters in it. Float32 updates of bfloat16 parameters need
-    JAX's standard dtype promotion in :func:`optax.apply_updates`.
+    JAX's standard dtype promotion in :func:`optax.apply_updates`. Derivatives do not pass through the rounding:
+    they are zero.
+
+    :class:`optax.MultiSteps` accumulates gradients in float32, four bytes more for each parameter. A larger batch in
+    one step needs none of them, and neither does a decay for small batches, `decay ** (new_batch / old_batch)`.
+
+    Args:
+        keep_rest: keep the rest of each bfloat16 parameter in one byte.
 
     Returns:
-        A transformation whose `update` needs `params`, and whose state is the number of updates.
+        A transformation whose `update` needs `params`, and whose state is a :class:`RoundParamsState`.
 
     Raises:
+        TypeError: `keep_rest` is not a boolean, or `state` is another transformation's.
         ValueError: in `update`, `params` is missing, or a shape or structure differs from that of the updates.
 
     Example:
@@ -59,48 +76,137 @@ def round_params_stochastically() -> optax.GradientTransformationExtraArgs:
 
     References:
         Zamirai et al., `Revisiting BFloat16 training <https://arxiv.org/abs/2010.06192>`_, 2020.
+        Ozkara et al., `Stochastic rounding for LLM training <https://arxiv.org/abs/2502.20566>`_, 2025.
+        `FlashOptim <https://arxiv.org/abs/2602.23349>`_, 2026, keeps a rest as well, rounded to nearest.
     """
+    if not isinstance(keep_rest, bool):
+        raise TypeError(f"keep_rest={keep_rest!r} has type {type(keep_rest).__name__}: allowed are True and False")
 
     def init(params: optax.Params) -> RoundParamsState:
-        return RoundParamsState(_placement.zero_count(params))
+        def rest(p: Any) -> jax.Array | None:
+            return _placement.full_like(p, 0, jnp.int8) if _is_bfloat16(p) else None
+
+        return RoundParamsState(_placement.zero_count(params), jax.tree.map(rest, params) if keep_rest else None)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, RoundParamsState]:
         del extra_args
+        if not isinstance(state, RoundParamsState):
+            raise TypeError(f"state has type {type(state).__name__}: allowed is the RoundParamsState that init makes")
         if params is None:
             raise ValueError("round_params_stochastically needs params: call update(updates, state, params)")
+        if updates is not None and (state.rest is None) == keep_rest:
+            raise ValueError(
+                f"state.rest is {'' if keep_rest else 'not '}None, and keep_rest={keep_rest}: "
+                "carry the state over with interop.from_rmsprop(state, tx.init(params))"
+            )
         return _update(updates, state, params)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _pytree.alike(
+        ("round_params_stochastically", keep_rest), lambda: optax.GradientTransformationExtraArgs(init, update)
+    )
+
+
+def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
+    """The parameters in float32, with the rest that :func:`round_params_stochastically` keeps.
+
+    For evaluation, averages and export. An average of bfloat16 parameters stands still at decays of 0.99 and
+    more, so average these.
+
+    Args:
+        params: the parameters. Those in half precision become float32; all others stay as they are.
+        state: the optimizer's state, in any wrapper. Without a rest in it, this is a cast.
+
+    Raises:
+        ValueError: `state` has a rest for parameters that `params` lacks, or has in another shape.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, rmsprop_jax
+        >>> tx = optax.chain(optax.sgd(1e-5), rmsprop_jax.round_params_stochastically(keep_rest=True))
+        >>> params = jnp.ones(3, jnp.bfloat16)
+        >>> state = tx.init(params)
+        >>> for _ in range(100):
+        ...     updates, state = tx.update(jnp.ones(3, jnp.bfloat16), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print([f"{x:.3f}" for x in rmsprop_jax.params_in_float32(params, state)])
+        ['0.999', '0.999', '0.999']
+    """
+    rests: dict[Any, Any] = {}
+    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RoundParamsState)):
+        if isinstance(node, RoundParamsState):
+            rests |= dict(tree_flatten_with_path(node.rest)[0])
+    leaves, treedef = tree_flatten_with_path(params)
+    shapes = {path: jnp.shape(p) for path, p in leaves}
+    if wrong := [keystr(path) for path, rest in rests.items() if shapes.get(path) != rest.shape]:
+        raise ValueError(f"state has a rest for {', '.join(wrong)}, and params has no array of its shape there")
+    return treedef.unflatten(_in_float32(p, rests.get(path)) for path, p in leaves)
 
 
 @jax.jit
 def _update(updates: optax.Updates, state: Any, params: optax.Params) -> tuple[optax.Updates, RoundParamsState]:
     step = jnp.asarray(optax.safe_increment(state.step))
     seed = _bits.seeds(step, "params")
+    leaves, treedef = _pytree.flatten(updates)
+    params_column = _pytree.column(updates, params, "params", "update")
+    new: list[Any] = [u for _, u in leaves]
+    rests: list[Any] = new if state.rest is None else _pytree.column(updates, state.rest, "state.rest", "update")
+    for i, ((path, u), p) in enumerate(zip(leaves, params_column, strict=True)):
+        if u is None or not _is_bfloat16(p):
+            continue
+        _check_shape(path, u, "parameter", p)
+        if state.rest is None:
+            new[i] = _round_array(seed, u, p)
+        else:
+            _check_shape(path, u, "state.rest", rests[i])
+            new[i], rests[i] = _round_array_and_rest(seed, u, p, rests[i])
+    rest = None if state.rest is None else treedef.unflatten(rests)
+    return treedef.unflatten(new), RoundParamsState(step, rest)
 
-    def leaf(path: Any, u: Any, p: Any) -> Any:
-        if u is None or p is None or jnp.result_type(p) != jnp.bfloat16:
-            return u
-        if jnp.shape(u) != jnp.shape(p):
-            where = jax.tree_util.keystr(path)
-            raise ValueError(
-                f"update{where} has shape {jnp.shape(u)}, its parameter {jnp.shape(p)}: they must be equal"
-            )
-        return _round_array(seed, u, p)
 
-    return jax.tree.map_with_path(leaf, updates, params, is_leaf=lambda x: x is None), RoundParamsState(step)
+def _check_shape(path: Any, u: Any, name: str, other: Any) -> None:
+    if getattr(other, "shape", None) != jnp.shape(u):
+        found = "None" if other is None else jnp.shape(other)
+        raise ValueError(f"update{keystr(path)} has shape {jnp.shape(u)}, its {name} {found}: they must be equal")
 
 
 @jax.jit
 def _round_array(seed: _bits.Seed, u: jax.Array, p: jax.Array) -> jax.Array:
     start, move = p.astype(jnp.float32), u.astype(jnp.float32)
-    total = start + move
-    # What float32 loses of the sum, exactly (TwoSum, Knuth): all of a step below 1e-5 of the last place of p.
-    moved = total - start
-    rest = (start - (total - moved)) + (move - moved)
-    rest = jnp.where(jnp.isfinite(rest), rest, 0)
-    end = _bits.to_bfloat16(total, _bits.noise(seed, start, move), rest).astype(jnp.float32)
+    end = _bits.to_bfloat16(start + move, _bits.noise(seed, start, move))
+    return _difference(end.astype(jnp.float32), start).astype(u.dtype)
+
+
+@jax.jit
+def _round_array_and_rest(seed: _bits.Seed, u: jax.Array, p: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    start, move = _bits.join(p, rest), u.astype(jnp.float32)
+    end, rest = _bits.split(start + move, _bits.noise(seed, start, move))
+    start, end = p.astype(jnp.float32), end.astype(jnp.float32)
+    # A rest counts from `end`, and optax.apply_updates may land elsewhere: on a neighbour, or on the zero of the
+    # other sign. XLA may leave out a conversion to bfloat16 and back, but never reduce_precision.
+    update = _rounded_to(u.dtype, _difference(end, start))
+    landed = _rounded_to(jnp.bfloat16, start + update)
+    rest = jnp.where(_bits.bits(landed) == _bits.bits(end), rest, jnp.int8(0))
+    return update.astype(u.dtype), rest
+
+
+def _difference(end: jax.Array, start: jax.Array) -> jax.Array:
     # -0 is the number that changes nothing when it is added, not even -0; and inf - inf is NaN.
-    return jnp.where(end == start, -0.0, end - start).astype(u.dtype)
+    return jnp.where(end == start, -0.0, end - start)
+
+
+def _rounded_to(dtype: Any, x: jax.Array) -> jax.Array:
+    """A float32 rounded to the nearest number of a narrower dtype."""
+    precision = jnp.finfo(dtype)
+    return x if precision.nmant >= 23 else jax.lax.reduce_precision(x, precision.nexp, precision.nmant)
+
+
+def _in_float32(p: Any, rest: jax.Array | None) -> Any:
+    if rest is not None:
+        return _bits.join(p, rest)
+    dtype = jnp.result_type(p)
+    return jnp.asarray(p, _storage.compute_dtype(dtype)) if jnp.issubdtype(dtype, jnp.inexact) else p
+
+
+def _is_bfloat16(p: Any) -> bool:
+    return getattr(p, "dtype", None) == jnp.bfloat16

@@ -91,32 +91,32 @@ def test_many_steps_far_below_one_unit_add_up(steps, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-4])
+@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
 @pytest.mark.parametrize("start", [1.0, 1.5, -2.0, 3e-5])
-def test_steps_that_float32_loses_add_up(start, size, sign, dtype):
-    """A millionth of a unit is a tenth of float32's last place. 16 runs of 2¹⁴ steps, 512 elements: how many moved?"""
+def test_steps_far_below_the_parameter_add_up(start, size, sign, dtype):
+    """Updates of 1e-6 to 1e-2 of p, 512 elements, 2¹⁴ draws: how far do the parameters move?"""
     p = jnp.full(512, start, jnp.bfloat16)
-    u = jnp.asarray(sign * size * unit(float(p[0])) * (1 + np.arange(512) / 1024), dtype)
+    u = jnp.asarray(sign * size * abs(float(p[0])) * (1 + np.arange(512) / 1024), dtype)
 
     @jax.jit
-    def moved(first):
+    def moved():
         def step(total, t):
             return total + (rounded(p, u, t).astype(jnp.float32) - p.astype(jnp.float32)), None
 
-        return jax.lax.scan(step, jnp.zeros(512), first + jnp.arange(2**14))[0]
+        return jax.lax.scan(step, jnp.zeros(512), jnp.arange(2**14))[0]
 
-    total = sum(float(moved(first).sum()) for first in range(0, 16 * 2**14, 2**14))
-    exact = 16 * 2**14 * float(np.asarray(u, np.float64).sum())
+    total = float(np.asarray(moved(), np.float64).sum())
+    exact = 2**14 * float(np.asarray(u, np.float64).sum())
     # Below a power of two the unit, and with it the deviation, is half as large.
     inward = sign * start < 0 and np.log2(abs(start)) % 1 == 0
     gap = unit(float(p[0])) / (2 if inward else 1)
-    assert abs(total - exact) <= 5 * np.sqrt(gap * abs(exact))
+    # float32 rounds each sum p + u, by less than 1 % of u in the mean over the elements.
+    assert abs(total - exact) <= 5 * np.sqrt(gap * abs(exact)) + 0.01 * abs(exact) * (size < 1e-4)
 
 
-def test_equal_elements_with_equal_updates_stay_equal():
-    """As a layer's bias may have them: right in the mean over updates, but as uncertain as one element."""
+def test_equal_elements_with_equal_updates_are_rounded_independently():
+    """A layer's scales may start alike. Their mean must not wobble as one element does."""
     moves = jnp.asarray([2.0**-7 / 100] * 1000)
-    ends = []
 
     @jax.jit
     def run(first):  # 1,000 steps, which make 10 units
@@ -125,13 +125,11 @@ def test_equal_elements_with_equal_updates_stay_equal():
 
         return jax.lax.scan(step, jnp.ones(1000, jnp.bfloat16), first + jnp.arange(1000))[0]
 
-    for first in range(0, 64_000, 1000):
-        end = run(first)
-        assert (end == end[0]).all()
-        ends.append((float(end[0]) - 1) / 2.0**-7)
-    # A sum of 1,000 draws with a chance of 1/100: a standard deviation of 3.1.
-    assert abs(np.mean(ends) - 10) < 5 * 3.15 / np.sqrt(64)
-    assert 2.2 < np.std(ends) < 4.2
+    ends = (np.stack([run(first) for first in range(0, 16_000, 1000)]).astype(np.float64) - 1) / 2.0**-7
+    # A sum of 1,000 draws with a chance of 1/100: a standard deviation of 3.1 for each element, 0.1 for their mean.
+    assert 2.9 < ends.std() < 3.4
+    assert abs(ends.mean() - 10) < 5 * 3.15 / np.sqrt(ends.size)
+    assert abs(ends.mean(1) - 10).max() < 5 * 0.1
 
 
 def test_noise_is_uniform_and_independent():
@@ -229,17 +227,15 @@ def test_its_step_is_no_second_count():
 # --- The same everywhere ----------------------------------------------------------------------------------
 
 
-def test_an_element_is_rounded_alike_wherever_it_is():
+def test_the_rounding_depends_on_the_place_the_step_and_the_values_alone():
     p, u = normal((512,)), normal((512,), 1) * 1e-3
     expected = bits(rounded(p, u, 3))
-    order = np.random.default_rng(0).permutation(512)
-    np.testing.assert_array_equal(bits(rounded(p[order], u[order], 3)), expected[order])
     np.testing.assert_array_equal(bits(rounded(p.reshape(16, 32), u.reshape(16, 32), 3)).ravel(), expected)
     tree = rounded({"a": -p, "b": p}, {"a": u, "b": u}, 3)
     np.testing.assert_array_equal(bits(tree)["b"], expected)
     np.testing.assert_array_equal(bits(jax.jit(rounded)(p, u, 3)), expected)
-    np.testing.assert_array_equal(bits(jax.vmap(rounded, (0, 0, None))(p, u, 3)), expected)
     assert (bits(rounded(p, u, 4)) != expected).any()
+    assert (bits(rounded(p[::-1], u[::-1], 3)) != expected[::-1]).any()
 
 
 def test_on_a_mesh():
