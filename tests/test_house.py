@@ -88,6 +88,19 @@ def test_a_notebook_is_kept_with_outputs_and_explains_its_figures(path):
     assert all(cells[i + 1]["cell_type"] == "markdown" for i in with_figure)
 
 
+def test_pictures_are_the_outputs_of_the_notebooks(monkeypatch):
+    """Only tests/benchmarks/figures.py writes them, so running a notebook changes none."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    import figures
+
+    pictures = figures.from_notebooks()
+    assert len(pictures) >= len(NOTEBOOKS)
+    for name, png in pictures.items():
+        assert (figures.FIGURES / f"{name}.png").read_bytes() == png, "python tests/benchmarks/figures.py writes it"
+    for path in NOTEBOOKS:
+        assert "savefig" not in path.read_text(), path
+
+
 def test_version_is_the_top_of_the_changelog():
     newest = re.search(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest

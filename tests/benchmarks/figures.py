@@ -1,5 +1,9 @@
-"""python tests/benchmarks/figures.py: draws the README's figures of results/*.json into notebooks/figures/."""
+"""python tests/benchmarks/figures.py: writes the pictures in notebooks/figures/, which nothing else does.
 
+Some are drawn from results/*.json. The others are outputs of the notebooks: those of the cells with a tag "figure:NAME".
+"""
+
+import base64
 import json
 import pathlib
 from typing import Any
@@ -10,7 +14,8 @@ from training import gaps
 
 
 HERE = pathlib.Path(__file__).parent
-FIGURES = HERE.parents[1] / "notebooks" / "figures"
+NOTEBOOKS = HERE.parents[1] / "notebooks"
+FIGURES = NOTEBOOKS / "figures"
 BLUE, GREEN, RED, GRAY = "#0072B2", "#009E73", "#D55E00", "#888888"
 
 
@@ -19,9 +24,23 @@ def read(name: str) -> dict[str, Any]:
 
 
 def save(figure: Any, name: str) -> None:
-    """On white, so that it can be read on a dark page, too."""
+    """On white, so that it can also be read on a dark page."""
     figure.savefig(FIGURES / f"{name}.png", dpi=130, facecolor="white")
     plt.close(figure)
+
+
+def from_notebooks() -> dict[str, bytes]:
+    """The PNG files of the tagged cells, by name."""
+    pictures = {}
+    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+        for cell in json.loads(notebook.read_text())["cells"]:
+            names = [
+                tag.removeprefix("figure:") for tag in cell["metadata"].get("tags", ()) if tag.startswith("figure:")
+            ]
+            for name in names:
+                (png,) = (x["data"]["image/png"] for x in cell["outputs"] if "image/png" in x.get("data", ()))
+                pictures[name] = base64.b64decode(png)
+    return pictures
 
 
 def three_bytes() -> None:
@@ -97,3 +116,5 @@ def speed() -> None:
 if __name__ == "__main__":
     three_bytes()
     speed()
+    for name, png in from_notebooks().items():
+        (FIGURES / f"{name}.png").write_bytes(png)
