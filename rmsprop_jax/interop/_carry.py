@@ -57,7 +57,7 @@ class Contents(NamedTuple):
                 raise ValueError(f"{len(places)} accumulators for nu{keystr(path)}: {listed(places)}")
         return rows
 
-    def count(self) -> Any:
+    def counted(self) -> Any:
         """Updates made so far: RMSProp's count or, if it has none, that of the nearest wrapper that counts, or 0."""
         # Flax NNX wraps every array: what is in there is the only leaf.
         own = [x for node in self.states.values() for x in jax.tree.leaves(_rows.fields(node).count)[:1]]
@@ -164,7 +164,7 @@ def bare(state: Any, reason: str) -> RMSPropState:
         for slot in Row._fields
         if slot == "nu" or any(getattr(state, slot) is not None for state in states)
     }
-    return RMSPropState(jnp.array(contents.count(), jnp.int32), **trees)
+    return RMSPropState(jnp.array(contents.counted(), jnp.int32), **trees)
 
 
 # --- Into another state -----------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def fill(state: Any, like: Any, strict: bool = False) -> Any:
     `strict`: both have the same slots.
     """
     old, new = _both(state, like)
-    rows, count, taken = _rows_for(old, new), old.count(), _taken(old, new)
+    rows, count, taken = _rows_for(old, new), old.counted(), _taken(old, new)
     problems = [
         *_misfits_of_rows(old, new, rows, strict),
         *_misfits_of_wrappers(old, new, count, taken),
@@ -282,7 +282,7 @@ def _check_has_rmsprop(contents: Contents, state: Any, name: str) -> None:
 
 def _misfits_of_rows(old: Contents, new: Contents, rows: Mapping[Path, Row], strict: bool) -> Iterator[str]:
     """Why the accumulators cannot go into the states of RMSProp in `new`."""
-    count, absent, left_out, places = old.count(), _masked(old), _masked(new), set()
+    count, absent, left_out, places = old.counted(), _masked(old), _masked(new), set()
     for at, node in new.states.items():
         state = _rows.fields(node)
         columns = {slot: _rows.by_path(getattr(state, slot)) for slot in Row._fields}

@@ -82,7 +82,7 @@ def from_keras(
     generation, matches = _accumulators(found)
     others = {path: value for path, value in found.items() if path not in matches}
     scopes = dict.fromkeys(match["scope"] or "" for match in matches.values())
-    _check_is_rmsprop(found, others, list(matches), _optimizer_name(scopes or found))
+    _check_is_rmsprop(found, others, list(matches), _optimizer_name([f"{scope}/" for scope in scopes] or found))
     _check_one_optimizer(matches)
     k = _checked_steps(others, gradient_accumulation_steps)
     count, rest = divmod(_iteration(others, scopes), k)
@@ -142,7 +142,7 @@ def _accumulators(paths: Iterable[str]) -> tuple[Generation, dict[str, re.Match[
         generation, matches = item
         return any(match["slot"] == generation.slots["nu"] for match in matches.values()), len(matches)
 
-    return max(((generation, known(generation)) for generation in (KERAS_3, TF_KERAS, LEGACY)), key=has_nu_and_most)
+    return max(((generation, known(generation)) for generation in (KERAS_3, LEGACY, TF_KERAS)), key=has_nu_and_most)
 
 
 def _check_is_rmsprop(found: Iterable[str], others: Iterable[str], accumulators: list[str], name: str) -> None:
@@ -156,16 +156,17 @@ def _check_is_rmsprop(found: Iterable[str], others: Iterable[str], accumulators:
         return
     if any(path.endswith("_average_gradient") for path in accumulators):
         return
+    example = "rmsprop/" + accumulators[0].rpartition("/")[2]
     raise ValueError(
         f"not the variables of Keras' RMSprop, but of {name}: in this order they are Adam's, {listed(accumulators)}. "
-        f'If they are RMSprop\'s in alphabetical order, say so: "rmsprop/" in the place of "{name}/" in their names'
+        f"If they are RMSprop's in alphabetical order, make it the scope of their names: {example}"
     )
 
 
 def _optimizer_name(paths: Iterable[str]) -> str:
-    """The name of the optimizer whose variables these are, or scopes of variables."""
-    first = next((path for path in paths if "loss_scale" not in path), "")
-    return re.sub(r"_\d+$", "", first.partition("/")[0]).lower()
+    """The name of the optimizer whose variables these are."""
+    scopes = [path.partition("/")[0] for path in paths if "/" in path and "loss_scale" not in path]
+    return re.sub(r"_\d+$", "", next(iter(scopes), "")).lower()
 
 
 def _check_one_optimizer(matches: Mapping[str, re.Match[str]]) -> None:

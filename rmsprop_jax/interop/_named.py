@@ -67,8 +67,9 @@ def _check_shapes(slots: Mapping[str, Arrays], foreign: Mapping[str, str]) -> No
 
 def _check_convert(convert: Convert, arrays: Arrays) -> None:
     """Raises unless every element of `arrays` comes out of `convert`, which gets each array's number in its place."""
-    start = 2**16 + 1  # float32 holds these numbers, and nothing narrower does
-    numbers = {name: np.full(x.shape, float(start + i)) for i, (name, x) in enumerate(arrays.items())}
+    # Odd numbers from 4097: float32 holds them, and neither float16 nor bfloat16 does.
+    number = {name: 4097.0 + 2 * i for i, name in enumerate(arrays)}
+    numbers = {name: np.full(x.shape, number[name]) for name, x in arrays.items()}
     leaves = {keystr(path): np.asarray(x) for path, x in tree_flatten_with_path(convert(numbers))[0]}
     for path, x in leaves.items():
         if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits < 32:
@@ -78,7 +79,7 @@ def _check_convert(convert: Convert, arrays: Arrays) -> None:
             )
     values = np.concatenate([np.zeros(0), *(np.ravel(x.astype(np.float64)) for x in leaves.values())])
     times = dict(zip(*np.unique(values, return_counts=True), strict=True))
-    found = {name: times.get(start + i, 0) for i, name in enumerate(arrays)}
+    found = {name: times.get(number[name], 0) for name in arrays}
     if forgotten := [name for name, x in arrays.items() if found[name] < x.size]:
         repeated = [name for name, x in arrays.items() if found[name] > x.size]
         also = f", and uses more than once {repeated}" if repeated else ""

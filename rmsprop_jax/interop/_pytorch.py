@@ -224,7 +224,9 @@ def _check_class(groups: list[Mapping[str, Any]], entries: Mapping[Any, Mapping[
             raise ValueError(f"this checkpoint is not RMSprop's but that of {kind}: its groups have {sorted(group)}")
     known, keys = {"step", *SLOTS.values()}, {key for group in groups for key in group["params"]}
     for key, entry in entries.items():
-        if key not in keys or not set(entry) <= known:
+        if key not in keys:
+            raise ValueError(f"not RMSprop's state: no group has the parameter of entry {key!r}")
+        if not set(entry) <= known:
             raise ValueError(f"not RMSprop's state: entry {key!r} has {sorted(entry)}, allowed are {sorted(known)}")
     for i, group in enumerate(groups):
         found = _class_of(group, entries)
