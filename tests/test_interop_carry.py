@@ -1,6 +1,7 @@
 """From one wrapper into another, and into other options."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -320,3 +321,268 @@ def test_counters_that_differ_between_groups_are_not_guessed():
 def test_averages_that_would_be_lost_are_named():
     with pytest.raises(ValueError, match=r"state also holds \[1\]\.ema\['body'\].*like has no place for it"):
         carried(optax.chain(rmsprop(0.1), optax.ema(0.9)), rmsprop(0.1))
+
+
+# --- Wrappers that moved ------------------------------------------------------------------------------------
+
+
+def averaged(*parts):
+    return optax.chain(*(optax.ema(0.9) if part == "ema" else rmsprop(0.1) for part in parts))
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_an_average_stays_on_its_side_of_rmsprop():
+    in_front, behind = averaged("ema", "rmsprop"), averaged("rmsprop", "ema")
+    state, there = carried(in_front, optax.chain(optax.clip(9.0), optax.ema(0.9), rmsprop(0.1)), steps=3)
+    jax.tree.map(np.testing.assert_array_equal, there[1], state[0])
+    assert state[0].count == 3
+    for old, new, place in ((in_front, behind, 0), (behind, in_front, 1)):
+        with pytest.raises(
+            ValueError,
+            match=rf"state also holds \[{place}\]\.ema.*same side of RMSProp's state\. To leave it .*, state\[{1 - place}\]",
+        ):
+            carried(old, new, steps=3)
+        # As the error says: the average starts anew.
+        state = old.init(PARAMS)
+        for _ in range(3):
+            _, state = old.update(PARAMS, state, PARAMS)
+        there = interop.from_rmsprop(state[1 - place], new.init(PARAMS))
+        assert there[1 - place].count == 0
+        assert there[place].count == 3
+        np.testing.assert_array_equal(there[place].nu["head"], state[1 - place].nu["head"])
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_averages_on_both_sides_are_not_exchanged():
+    both = averaged("ema", "rmsprop", "ema")
+    state, there = carried(both, optax.apply_if_finite(both, 3), steps=3)
+    jax.tree.map(np.testing.assert_array_equal, there.inner_state, state)
+    assert not (state[0].ema["head"] == state[2].ema["head"]).all()
+    # One of two behind each other: which one would be a guess.
+    with pytest.raises(ValueError, match=r"state has 2 values for \[1\]\.ema\['head'\], which differ"):
+        carried(averaged("rmsprop", "ema", "ema"), averaged("rmsprop", "ema"), steps=3)
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_a_wrapper_around_rmsprop_is_not_one_behind_it():
+    around = optax.MultiSteps(rmsprop(0.1), 3).gradient_transformation()
+    beside = optax.chain(rmsprop(0.1), optax.MultiSteps(optax.identity(), 3).gradient_transformation())
+    with pytest.raises(ValueError, match=r"\.mini_step, gradients of half an update"):
+        carried(around, beside, steps=4)
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_another_optimizer_in_another_group():
+    labels = {"body": "a", "head": "b"}
+    old = optax.partition({"a": rmsprop(0.1), "b": optax.adam(0.1)}, labels)
+    state, there = carried(old, optax.apply_if_finite(old, 3), steps=3)
+    jax.tree.map(np.testing.assert_array_equal, there.inner_state, state)
+    with pytest.raises(ValueError, match=r"state also holds \.inner_states\['b'\].*\.mu\['head'\]"):
+        carried(old, optax.partition({"a": rmsprop(0.1), "b": optax.set_to_zero()}, labels))
+
+
+class Rest(NamedTuple):
+    """The state of a wrapper like round_params_stochastically: a tree like the parameters, None where it has nothing."""
+
+    step: jax.Array
+    rest: Any
+
+
+def keeping(rest):
+    def init(params):
+        tree = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int8) if p.ndim > 1 else None, params)
+        return Rest(jnp.zeros((), jnp.int32), tree if rest else None)
+
+    def update(updates, state, params=None):
+        rest = jax.tree.map(lambda x: x + 1, state.rest)
+        return updates, Rest(state.step + 1, rest)
+
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.apply_if_finite(tx, 3)], ids=["chain", "wrapped"])
+def test_a_wrapper_of_one_s_own(wrap):
+    with_rest, without = (optax.chain(rmsprop(0.1), keeping(rest)) for rest in (True, False))
+    _, there = carried(with_rest, wrap(with_rest), steps=3)
+    there = getattr(there, "inner_state", there)
+    assert there[1].step == 3
+    assert there[1].rest["head"] is None
+    assert (there[1].rest["body"]["kernel"] == 3).all()
+    assert there[1].rest["body"]["kernel"].dtype == jnp.int8
+    # What only `like` has starts as it does there.
+    _, there = carried(without, wrap(with_rest), steps=3)
+    there = getattr(there, "inner_state", there)
+    assert there[1].step == 3
+    assert (there[1].rest["body"]["kernel"] == 0).all()
+    _, there = carried(with_rest, wrap(without), steps=3)
+    there = getattr(there, "inner_state", there)
+    assert there[1].rest is None
+    assert there[1].step == 3
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_random_keys_of_a_wrapper():
+    for key in (3, jax.random.key(3)):
+        noisy = optax.chain(rmsprop(0.1), optax.add_noise(0.1, 0.5, key))
+        state, there = carried(noisy, optax.chain(optax.clip(1.0), rmsprop(0.1), optax.add_noise(0.1, 0.5, 7)))
+        assert (jax.random.key_data(there[2].rng_key) == jax.random.key_data(state[1].rng_key)).all()
+
+
+# --- optax.rmsprop, or a chain of the same parts --------------------------------------------------------------
+
+
+CHAINS = {
+    "rate before the trace": lambda rms: (rms(0.9), optax.scale(-0.1), optax.trace(0.9)),
+    "schedule before the trace": lambda rms: (
+        rms(0.9),
+        optax.scale_by_learning_rate(optax.linear_schedule(0.1, 0.0, 9)),
+        optax.trace(0.9),
+    ),
+    "no trace": lambda rms: (rms(0.9), optax.scale(-0.1), optax.identity()),
+}
+
+
+@pytest.mark.parametrize("parts", CHAINS.values(), ids=CHAINS)
+def test_like_decides_whether_three_parts_are_a_chain(parts):
+    theirs, ours = optax.chain(*parts(optax.scale_by_rms)), optax.chain(*parts(scale_by_rms))
+    state = theirs.init(PARAMS)
+    for _ in range(3):
+        _, state = theirs.update(PARAMS, state, PARAMS)
+    there = interop.from_optax(state, ours.init(PARAMS))
+    back = interop.to_optax(there, theirs.init(PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    for (tx, s), (other, o) in (((theirs, state), (ours, there)), ((ours, there), (theirs, back))):
+        expected, _ = tx.update(PARAMS, s, PARAMS)
+        updates, _ = other.update(PARAMS, o, PARAMS)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), updates, expected)
+    # The same parts are optax.rmsprop: so they may become our rmsprop.
+    momentum = 0.9 if isinstance(state[2], optax.TraceState) else None
+    whole = rmsprop(0.1, momentum=momentum)
+    there = interop.from_optax(state, whole.init(PARAMS))
+    assert (there.trace is None) == (momentum is None)
+    if momentum:
+        np.testing.assert_array_equal(there.trace["head"], -state[2].trace["head"])
+        back = interop.to_optax(there, theirs.init(PARAMS))
+        np.testing.assert_array_equal(back[2].trace["head"], state[2].trace["head"])
+
+
+# --- Counts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_the_count_of_the_nearest_wrapper_that_counts():
+    """optax.rmsprop without a schedule does not count. Around it MultiSteps counts updates, and injection gradients."""
+
+    def accumulating(learning_rate):
+        return optax.MultiSteps(optax.rmsprop(learning_rate), 3).gradient_transformation()
+
+    tx = optax.inject_hyperparams(accumulating)(learning_rate=0.1)
+    state = tx.init(PARAMS)
+    for _ in range(6):
+        _, state = tx.update(PARAMS, state, PARAMS)
+    assert (state.count, state.inner_state.gradient_step) == (6, 2)
+    assert interop.from_optax(state).count == 2
+    assert interop.from_optax(optax.rmsprop(0.1).init(PARAMS)).count == 0
+
+
+def test_counts_that_are_equally_near_and_differ():
+    tx = optax.chain(optax.scale_by_rms(), *(optax.scale_by_schedule(lambda count: 1.0) for _ in range(2)))
+    state = tx.init(PARAMS)
+    two = (state[0], state[1]._replace(count=jnp.int32(3)), state[2]._replace(count=jnp.int32(4)))
+    with pytest.raises(ValueError, match=r"no count of its own, and \[1\]\.count, \[2\]\.count differ: \[3, 4\]"):
+        interop.from_optax(two)
+    assert interop.from_optax((*two[:2], state[2]._replace(count=jnp.int32(3)))).count == 3
+
+
+# --- Many states, and one vector ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bfloat16], ids=["uint8", "bfloat16"])
+def test_vmapped_states_into_narrow_ones(dtype):
+    tx, narrow = rmsprop(0.1, momentum=0.9), rmsprop(0.1, momentum=0.9, state_dtype=dtype)
+    many = {"w": jax.random.normal(jax.random.key(0), (5, 64, 64)), "b": jnp.ones(5)}
+    state = jax.vmap(tx.init)(many)
+    _, state = jax.vmap(tx.update)(many, state)
+    like = jax.vmap(narrow.init)(many)
+    there = interop.from_rmsprop(state, like)
+    assert jax.tree.map(jax.typeof, there) == jax.tree.map(jax.typeof, like)
+    back = interop.from_rmsprop(there, jax.vmap(tx.init)(many))
+    for slot in ("nu", "trace"):
+        mine, wide = getattr(back, slot)["w"], getattr(state, slot)["w"]
+        # Rounded, and right in the mean of each member.
+        assert not jnp.array_equal(mine, wide)
+        np.testing.assert_allclose(abs(mine).mean((1, 2)), abs(wide).mean((1, 2)), rtol=0.02)
+    jax.vmap(narrow.update)(many, there)
+    with pytest.raises(ValueError, match=r"\.count has shape \(5,\) in state and \(\) in like"):
+        interop.from_rmsprop(state, narrow.init({"w": many["w"][0], "b": many["b"][0]}))
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_vmapped_accumulations():
+    every = optax.MultiSteps(rmsprop(0.1), 2).gradient_transformation()
+    many = jnp.ones((3, 2))
+    _, half = jax.vmap(every.update)(many, jax.vmap(every.init)(many), many)
+    with pytest.raises(ValueError, match="gradients of half an update"):
+        interop.from_rmsprop(half, jax.vmap(rmsprop(0.1).init)(many))
+    _, whole = jax.vmap(every.update)(many, half, many)
+    assert interop.from_rmsprop(whole, jax.vmap(rmsprop(0.1).init)(many)).count.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, ALL, {"momentum": 0.9, "state_dtype": jnp.uint8}], ids=str)
+def test_all_parameters_as_one_vector(options):
+    plain, flat = rmsprop(rate, **options), optax.flatten(rmsprop(rate, **options))
+    state, there = carried(plain, flat, steps=3)
+    back = interop.from_rmsprop(there, plain.init(PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    expected, _ = plain.update(PARAMS, state)
+    updates, _ = flat.update(PARAMS, there)
+    if "state_dtype" not in options:  # one byte rounds with bits of its own
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), updates, expected)
+    wide = optax.flatten(rmsprop(rate, momentum=0.9, centered=True))
+    there = interop.from_rmsprop(state, wide.init(PARAMS))
+    assert there.nu.shape == there.mu.shape == there.trace.shape == (13,)
+    with pytest.raises(ValueError, match="do not fit"):
+        interop.from_rmsprop(state, flat.init({**PARAMS, "head": jnp.ones(5)}))
+
+
+def test_optax_s_state_of_one_vector():
+    theirs, ours = optax.flatten(optax.rmsprop(0.1, momentum=0.9)), rmsprop(0.1, momentum=0.9)
+    state = theirs.init(PARAMS)
+    _, state = theirs.update(PARAMS, state)
+    there = interop.from_optax(state, ours.init(PARAMS))
+    back = interop.to_optax(there, theirs.init(PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+
+
+# --- Odd states ---------------------------------------------------------------------------------------------
+
+
+def test_a_state_without_parameters():
+    for params in (None, {}, {"a": None}):
+        state = rmsprop(0.1).init(params)
+        there = interop.from_rmsprop(state._replace(count=jnp.int32(3)), rmsprop(0.1).init(params))
+        assert jax.tree.structure(there) == jax.tree.structure(state)
+        assert there.count == 3
+    assert interop.from_optax(optax.rmsprop(0.1).init({})).nu == {}
+    with pytest.raises(ValueError, match=r"state has nothing for \.nu\['head'\]"):
+        interop.from_rmsprop(rmsprop(0.1).init(None), rmsprop(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match=r"like has no place for \['head'\]"):
+        interop.from_rmsprop(rmsprop(0.1).init({"head": jnp.ones(2)}), rmsprop(0.1).init(None))
+
+
+def test_a_complex_buffer_does_not_become_real():
+    tx = rmsprop(0.1, momentum=0.9)
+    state = tx.init({"w": jnp.ones(2, jnp.complex64)})
+    with pytest.raises(ValueError, match=r"\.trace\['w'\] has dtype complex64 in state and float32 in like"):
+        interop.from_rmsprop(state, tx.init({"w": jnp.ones(2)}))
+    # Without a buffer there is nothing complex in it.
+    interop.from_rmsprop(rmsprop(0.1).init({"w": jnp.ones(2, jnp.complex64)}), rmsprop(0.1).init({"w": jnp.ones(2)}))
+
+
+def test_a_state_of_numpy_arrays():
+    """As pickled, or restored without JAX's arrays."""
+    tx = rmsprop(0.1, momentum=0.9)
+    _, state = tx.update(PARAMS, tx.init(PARAMS))
+    there = interop.from_rmsprop(jax.tree.map(np.asarray, state), rmsprop(0.1, state_dtype=jnp.uint8).init(PARAMS))
+    assert there.nu["head"].dtype == jnp.uint8
+    assert there.count == 1

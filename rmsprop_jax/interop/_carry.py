@@ -342,10 +342,12 @@ def _lost(contents: Contents, without_place: Iterable[Key], reason: str) -> Iter
     for key in sorted(without_place, key=lambda key: keystr(found[key][0])):
         values = {keystr(path): contents.leaves[path] for path in found[key]}
         if key.kind is optax.MultiStepsState:
-            half = key.field == "mini_step" and any(
-                not isinstance(x, Tracer) and np.any(x > 0) for x in values.values()
-            )
-            lost = [f"{where}, gradients of half an update" for where in values if half]
+            half = [
+                where
+                for where, x in values.items()
+                if key.field == "mini_step" and not _equal(x, np.zeros(np.shape(x)))
+            ]
+            lost = [f"{where}, gradients of half an update" for where in half]
         elif key.field == "hyperparams":
             lost = []
         else:
