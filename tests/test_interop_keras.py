@@ -22,6 +22,15 @@ def test_keras_wrappers_are_passed_over():
     ]
     averages = [("rm_sprop/a_kernel_average", np.ones(2)), ("rm_sprop/a_bias_average", np.ones(2))]
     plain = interop.from_keras(keras_variables())
+    # Its accumulators may be in the folder of the scaler, and their iteration beside it.
+    inside = [
+        (path if path.endswith(("iteration", "rate")) else f"loss_scale_optimizer/{path}", x)
+        for path, x in keras_variables()
+    ]
+    for order in (list, sorted):
+        state = interop.from_keras(order([*scaler, *inside]))
+        assert state.count == 7
+        jax.tree.map(np.testing.assert_array_equal, state, plain)
     for variables in ([*scaler, *keras_variables()], [*averages, *keras_variables()]):
         state = interop.from_keras(variables)
         assert state.count == 7
@@ -138,6 +147,11 @@ def test_layers_that_are_called_like_slots(generation, layer):
     state = interop.from_keras(of_generation(generation, weights=(f"{layer}/kernel", f"{layer}/bias")))
     separator = "_" if generation == "Keras 3" else "/"
     assert sorted(state.nu) == [f"{layer}{separator}bias", f"{layer}{separator}kernel"]
+
+
+@pytest.mark.parametrize("scope", ["rmsprop", "rm_sprop", "rm_sprop_1", "RMSprop", "my_rmsprop"])
+def test_sorted_variables_of_an_optimizer_called_rmsprop(scope):
+    assert interop.from_keras(sorted(keras_variables(scope))).count == 7
 
 
 def test_an_optimizer_of_another_name():

@@ -81,8 +81,9 @@ def from_keras(
     found = _by_path(variables)
     generation, matches = _accumulators(found)
     others = {path: value for path, value in found.items() if path not in matches}
-    scopes = dict.fromkeys(match["scope"] or "" for match in matches.values())
-    _check_is_rmsprop(found, others, list(matches), _optimizer_name([f"{scope}/" for scope in scopes] or found))
+    # A loss scaler puts its own name in front of the optimizer's.
+    scopes = dict.fromkeys(_last(match["scope"] or "") for match in matches.values())
+    _check_is_rmsprop(found, others, list(matches), _optimizer_name(scopes, found))
     _check_one_optimizer(matches)
     k = _checked_steps(others, gradient_accumulation_steps)
     count, rest = divmod(_iteration(others, scopes), k)
@@ -123,7 +124,7 @@ def _by_path(variables: Any) -> dict[str, Any]:
     named = [(path.removeprefix("optimizer_weights/").removesuffix(":0"), value) for path, value in pairs(variables)]
     if twice := repeated(path for path, _ in named):
         raise ValueError(f"variables has {listed(twice)} twice")
-    if named and all(path.rpartition("/")[2].isdigit() for path, _ in named):
+    if named and all(_last(path).isdigit() for path, _ in named):
         raise ValueError(
             f"the variables have no names, but numbers: {listed(path for path, _ in named)}. Load the file into the "
             "compiled model, with keras.saving.load_model or model.load_weights, and pass its optimizer.variables"
@@ -150,23 +151,27 @@ def _check_is_rmsprop(found: Iterable[str], others: Iterable[str], accumulators:
     unknown = [path for path in others if not re.fullmatch(f"{ITERATION}|{PASSED_OVER}", path)]
     has_nu = any(re.search(r"(_|/|^)(velocity|rms)(/|$)", path) for path in accumulators)
     if unknown or not has_nu or name in OTHERS:
-        raise ValueError(f"not the variables of Keras' RMSprop, but of {name}: {listed(unknown or found)}")
+        raise ValueError(f"not the variables of Keras' RMSprop, but of {name or 'no name'}: {listed(unknown or found)}")
     # Adam has a velocity and a momentum as well. By itself it makes the momentum first.
-    if "rms" in name or accumulators[0].endswith("_velocity") or not accumulators[0].endswith("_momentum"):
+    if (
+        "rms" in name.replace("_", "")
+        or accumulators[0].endswith("_velocity")
+        or not accumulators[0].endswith("_momentum")
+    ):
         return
     if any(path.endswith("_average_gradient") for path in accumulators):
         return
-    example = "rmsprop/" + accumulators[0].rpartition("/")[2]
+    example = "rmsprop/" + _last(accumulators[0])
     raise ValueError(
         f"not the variables of Keras' RMSprop, but of {name}: in this order they are Adam's, {listed(accumulators)}. "
         f"If they are RMSprop's in alphabetical order, make it the scope of their names: {example}"
     )
 
 
-def _optimizer_name(paths: Iterable[str]) -> str:
+def _optimizer_name(scopes: Iterable[str], paths: Iterable[str]) -> str:
     """The name of the optimizer whose variables these are."""
-    scopes = [path.partition("/")[0] for path in paths if "/" in path and "loss_scale" not in path]
-    return re.sub(r"_\d+$", "", next(iter(scopes), "")).lower()
+    folders = [path.partition("/")[0] for path in paths if "/" in path and not path.startswith("loss_scale")]
+    return re.sub(r"_\d+$", "", next(iter([*scopes, *folders]), "")).lower()
 
 
 def _check_one_optimizer(matches: Mapping[str, re.Match[str]]) -> None:
@@ -192,10 +197,14 @@ def _checked_steps(others: Iterable[str], steps: int | None) -> int:
 def _iteration(others: Mapping[str, Any], scopes: Iterable[str]) -> int:
     """The only iteration there is or, as a loss scaler has one as well, the only one beside the accumulators."""
     found = {path: int(array(value)) for path, value in others.items() if re.fullmatch(ITERATION, path)}
-    beside = {path: value for path, value in found.items() if path.rpartition("/")[0] in scopes}
+    beside = {path: value for path, value in found.items() if _last(path.rpartition("/")[0]) in scopes}
     values = set((beside or found).values())
     if not values:
         raise ValueError('variables has no iteration: add ("iteration", the number of updates)')
     if len(values) > 1:
         raise ValueError(f"variables has several iterations, which differ: {beside or found}. Leave out the wrong ones")
     return values.pop()
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
