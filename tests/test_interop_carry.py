@@ -372,6 +372,15 @@ def test_a_wrapper_around_rmsprop_is_not_one_behind_it():
 
 
 @pytest.mark.usefixtures("users_climate")
+def test_half_an_accumulation_of_another_shape():
+    inside = optax.flatten(optax.MultiSteps(rmsprop(0.1), 3).gradient_transformation())
+    outside = optax.MultiSteps(optax.flatten(rmsprop(0.1)), 3).gradient_transformation()
+    with pytest.raises(ValueError, match=r"state also holds \.acc_grads, gradients of half an update"):
+        carried(inside, outside, steps=4)
+    carried(inside, outside, steps=3)
+
+
+@pytest.mark.usefixtures("users_climate")
 def test_another_optimizer_in_another_group():
     labels = {"body": "a", "head": "b"}
     old = optax.partition({"a": rmsprop(0.1), "b": optax.adam(0.1)}, labels)
@@ -586,3 +595,5 @@ def test_a_state_of_numpy_arrays():
     there = interop.from_rmsprop(jax.tree.map(np.asarray, state), rmsprop(0.1, state_dtype=jnp.uint8).init(PARAMS))
     assert there.nu["head"].dtype == jnp.uint8
     assert there.count == 1
+    plain = state._replace(count=1)
+    assert interop.from_rmsprop(plain, rmsprop(0.1).init(PARAMS)).count.dtype == jnp.int32

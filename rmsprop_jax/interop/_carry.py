@@ -19,7 +19,7 @@ from .. import _placement, _storage
 from .._rmsprop import RMSPropState
 from . import _rows
 from ._rows import Path, Row
-from ._text import listed
+from ._text import listed, repeated
 
 
 # --- What a state holds -----------------------------------------------------------------------------------
@@ -50,12 +50,10 @@ class Contents(NamedTuple):
     def rows(self) -> dict[Path, Row]:
         """The accumulators of each parameter, in our terms."""
         found = [(place, path, row) for place, node in self.states.items() for path, row in _rows.rows(node).items()]
-        rows = {path: row for _, path, row in found}
-        for path in rows if len(rows) < len(found) else ():
-            places = [keystr(place) or "top" for place, other, _ in found if other == path]
-            if len(places) > 1:
-                raise ValueError(f"{len(places)} accumulators for nu{keystr(path)}: {listed(places)}")
-        return rows
+        for twice in repeated(path for _, path, _ in found):
+            places = [keystr(place) or "top" for place, path, _ in found if path == twice]
+            raise ValueError(f"{len(places)} accumulators for nu{keystr(twice)}: {listed(places)}")
+        return {path: row for _, path, row in found}
 
     def counted(self) -> Any:
         """Updates made so far: RMSProp's count or, if it has none, that of the nearest wrapper that counts, or 0."""
@@ -131,7 +129,7 @@ def _counters() -> frozenset[tuple[type, str]]:
 
 def _agreed(values: list[Any], what: str) -> Any:
     if not all(_equal(value, values[0]) for value in values):
-        raise ValueError(f"{what}: {[np.asarray(value).tolist() for value in values]}")
+        raise ValueError(f"{what}: [{listed(values)}]")
     return values[0]
 
 
@@ -180,9 +178,7 @@ def fill(state: Any, like: Any, strict: bool = False) -> Any:
     problems = [
         *_misfits_of_rows(old, new, rows, strict),
         *_misfits_of_wrappers(old, new, count, taken),
-        *_lost(
-            old, set(old.by_key()) - set(new.by_key()), "like has no place for it on the same side of RMSProp's state"
-        ),
+        *_lost(old, set(old.by_key()) - set(new.by_key()), _NO_PLACE),
     ]
     if problems:
         raise ValueError(f"state and like do not fit: {listed(problems, '; ')}")
@@ -261,7 +257,8 @@ def _own(value: Any, x: Any) -> Any:
     """`value` in a buffer of its own, with the dtype and the sharding of `x`."""
     if not hasattr(x, "dtype"):
         return value
-    return _placement.place_like(value if value.dtype == x.dtype else jnp.asarray(value, x.dtype), x)
+    alike = getattr(value, "dtype", None) == x.dtype
+    return _placement.place_like(value if alike else jnp.asarray(value, x.dtype), x)
 
 
 def _is_shape(x: Any) -> bool:
@@ -338,26 +335,31 @@ def _unequal(where: str, value: Any, x: Any) -> Iterator[str]:
 
 def _lost(contents: Contents, without_place: Iterable[Key], reason: str) -> Iterator[str]:
     """What wrappers hold and would be lost. Counters may go with their wrapper; averages may not."""
-    found, alone = contents.by_key(), listed(f"state{keystr(path)}" for path in contents.states)
+    found, fields = contents.by_key(), {(key.kind, key.field) for key in without_place}
+    alone = listed(f"state{keystr(path)}" for path in contents.states)
     for key in sorted(without_place, key=lambda key: keystr(found[key][0])):
         values = {keystr(path): contents.leaves[path] for path in found[key]}
         if key.kind is optax.MultiStepsState:
-            half = [
-                where
-                for where, x in values.items()
-                if key.field == "mini_step" and not _equal(x, np.zeros(np.shape(x)))
-            ]
-            lost = [f"{where}, gradients of half an update" for where in half]
-        elif key.field == "hyperparams":
-            lost = []
+            kept_apart = key.field == "acc_grads" and (key.kind, "mini_step") not in fields
+            half = (key.field == "mini_step" or kept_apart) and _is_half_filled(contents)
+            lost = [f"{where}, gradients of half an update" for where in values if half]
         else:
-            lost = [where for where, x in values.items() if _is_average(key, x)]
+            lost = [where for where, x in values.items() if key.field != "hyperparams" and _is_average(key, x)]
         if lost:
             yield f"state also holds {listed(lost)}: {reason}. To leave it behind, pass RMSProp's own state, {alone}"
 
 
+def _is_half_filled(contents: Contents) -> bool:
+    """Whether gradients of half an update are accumulated, as far as that may be seen."""
+    steps = [
+        contents.leaves[path] for path, key in contents.keys.items() if key[:2] == (optax.MultiStepsState, "mini_step")
+    ]
+    return not all(_equal(x, np.zeros(np.shape(x))) for x in steps)
+
+
 def _is_average(key: Key, x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact) and (bool(key.below) or np.ndim(x) > 0)
+    inexact = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+    return inexact and (bool(key.below) or np.ndim(x) > 0)
 
 
 def _masked(contents: Contents) -> set[Path]:

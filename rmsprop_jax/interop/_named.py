@@ -1,6 +1,5 @@
 """Accumulators by the names of their weights, as frameworks keep them, from and to trees of parameters."""
 
-import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from .. import _storage
 from .._rmsprop import RMSPropState
 from . import _carry, _rows
-from ._text import listed
+from ._text import listed, repeated
 
 
 Arrays = dict[str, np.ndarray]
@@ -145,8 +144,3 @@ def pairs(variables: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from pairs(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
-
-
-def repeated(items: Iterable[Any]) -> list[Any]:
-    """The items that are there more than once."""
-    return [item for item, times in collections.Counter(items).items() if times > 1]
