@@ -244,7 +244,7 @@ def _class_of(group: Mapping[str, Any], entries: Mapping[Any, Mapping[str, Any]]
         return TIMM
     if OF_PYTORCH & set(group):
         return PYTORCH
-    # PyTorch has counted in float32 for as long as its groups have had these options.
+    # Without these options, only Stable Baselines 3's class and a PyTorch before 1.12 count in integers.
     steps = [entry["step"] for entry in entries.values() if "step" in entry]
     in_integers = ["int" in str(getattr(step, "dtype", type(step))) for step in steps]
     return STABLE_BASELINES3 if steps and all(in_integers) else None
