@@ -158,9 +158,7 @@ def test_an_optimizer_of_another_name():
     plain = keras_variables("my_optimizer")
     assert interop.from_keras(plain).count == 7
     # In alphabetical order it could be an Adam.
-    with pytest.raises(
-        ValueError, match="in this order they are Adam's.*the scope of their names: rmsprop/a_bias_momentum"
-    ):
+    with pytest.raises(ValueError, match="in this order they are Adam's.*name their scope so: rmsprop/a_bias_momentum"):
         interop.from_keras(sorted(plain))
     renamed = [(path.replace("my_optimizer/", "rmsprop/"), x) for path, x in sorted(plain)]
     assert interop.from_keras(renamed).count == 7

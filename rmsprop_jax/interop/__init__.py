@@ -6,7 +6,7 @@ dict of NumPy arrays by name to a tree of parameters, converts them as well::
     def convert(arrays):  # torch's Linear is (out, in), Flax's kernel (in, out)
         return {"kernel": arrays["fc.weight"].T, "bias": arrays["fc.bias"]}
 
-    weights = dict(model.named_parameters())
+    weights = dict(model.named_parameters())  # in the order of the optimizer's groups, if it has several
     params = convert({name: w.detach().numpy() for name, w in weights.items()})
     state = interop.from_pytorch(optimizer.state_dict(), weights, convert)
 

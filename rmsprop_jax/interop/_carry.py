@@ -238,7 +238,7 @@ def _state(node: Any, rows: Mapping[Path, Row], count: Any) -> Any:
     """A state like `node`, with these rows in it."""
     new = _rows.fields(node)
     kept = {path: _rows.in_terms_of(node, rows[path]) for path in _rows.by_path(new.nu) if path in rows}
-    number = jnp.max(count, initial=0)  # of vmapped states, too, one: it only chooses random bits
+    number = jnp.max(count, initial=0)  # one for all states that were vmapped: it only chooses random bits
 
     def leaf(slot: str, path: Path, x: Any) -> Any:
         value = getattr(kept.get(path), slot, None)

@@ -45,7 +45,7 @@ def from_keras(
     convert: Convert | None = None,
     gradient_accumulation_steps: int | None = None,
 ) -> RMSPropState:
-    """The state of `dialects.keras` from the variables of a Keras optimizer, by their names in any order.
+    """The state of `dialects.keras` from the variables of a Keras optimizer, in any order.
 
     The variables of the loss scaler that `mixed_float16` puts around it, and the averaged weights of `use_ema`,
     are passed over: the update does not depend on them. For a saved model, `keras.saving.load_model` gives
@@ -83,7 +83,7 @@ def from_keras(
     others = {path: value for path, value in found.items() if path not in matches}
     # A loss scaler puts its own name in front of the optimizer's.
     scopes = dict.fromkeys(_last(match["scope"] or "") for match in matches.values())
-    _check_is_rmsprop(found, others, list(matches), _optimizer_name(scopes, found))
+    _check_is_rmsprop(generation, matches, others, _optimizer_name(scopes, found))
     _check_one_optimizer(matches)
     k = _checked_steps(others, gradient_accumulation_steps)
     count, rest = divmod(_iteration(others, scopes), k)
@@ -146,26 +146,23 @@ def _accumulators(paths: Iterable[str]) -> tuple[Generation, dict[str, re.Match[
     return max(((generation, known(generation)) for generation in (KERAS_3, LEGACY, TF_KERAS)), key=has_nu_and_most)
 
 
-def _check_is_rmsprop(found: Iterable[str], others: Iterable[str], accumulators: list[str], name: str) -> None:
+def _check_is_rmsprop(
+    generation: Generation, matches: Mapping[str, re.Match[str]], others: Iterable[str], name: str
+) -> None:
     """Raises if the variables are another optimizer's."""
     unknown = [path for path in others if not re.fullmatch(f"{ITERATION}|{PASSED_OVER}", path)]
-    has_nu = any(re.search(r"(_|/|^)(velocity|rms)(/|$)", path) for path in accumulators)
-    if unknown or not has_nu or name in OTHERS:
-        raise ValueError(f"not the variables of Keras' RMSprop, but of {name or 'no name'}: {listed(unknown or found)}")
-    # Adam has a velocity and a momentum as well. By itself it makes the momentum first.
-    if (
-        "rms" in name.replace("_", "")
-        or accumulators[0].endswith("_velocity")
-        or not accumulators[0].endswith("_momentum")
-    ):
-        return
-    if any(path.endswith("_average_gradient") for path in accumulators):
-        return
-    example = "rmsprop/" + _last(accumulators[0])
-    raise ValueError(
-        f"not the variables of Keras' RMSprop, but of {name}: in this order they are Adam's, {listed(accumulators)}. "
-        f"If they are RMSprop's in alphabetical order, make it the scope of their names: {example}"
-    )
+    slots = [match["slot"] for match in matches.values()]
+    if unknown or generation.slots["nu"] not in slots or name in OTHERS:
+        found = listed(unknown or [*others, *matches])
+        raise ValueError(f"not the variables of Keras' RMSprop, but of {name or 'no name'}: {found}")
+    # Keras 3's Adam has a velocity and a momentum as well. By itself it makes the momentum first.
+    like_adam = generation is KERAS_3 and slots[0] == "momentum" and "average_gradient" not in slots
+    if like_adam and "rms" not in name.replace("_", ""):
+        example = "rmsprop/" + _last(next(iter(matches)))
+        raise ValueError(
+            f"not the variables of Keras' RMSprop, but of {name or 'no name'}: in this order they are Adam's, "
+            f"{listed(matches)}. If they are RMSprop's in alphabetical order, make it the scope of their names: {example}"
+        )
 
 
 def _optimizer_name(scopes: Iterable[str], paths: Iterable[str]) -> str:
