@@ -222,6 +222,12 @@ def test_other_optimizers_of_pytorch_are_named(kind):
             read(foreign, ["w"])
 
 
+def test_one_group_of_another_optimizer_is_enough():
+    mixed = checkpoint([group([0]), {**TORCH_FOREIGN["Adam"], "params": [1]}], {0: entry(1.0), 1: entry(1.0)})
+    with pytest.raises(ValueError, match="not RMSprop's but that of Adam"):
+        interop.from_pytorch(mixed, ["a", "b"])
+
+
 def test_other_things_than_an_optimizer_s_state_dict():
     with pytest.raises(ValueError, match="not the state_dict of an optimizer, with state and param_groups: fc.weight"):
         interop.from_pytorch({"fc.weight": np.ones(2)}, ["fc.weight"])

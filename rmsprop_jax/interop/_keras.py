@@ -161,7 +161,7 @@ def _check_is_rmsprop(
         example = "rmsprop/" + _last(next(iter(matches)))
         raise ValueError(
             f"not the variables of Keras' RMSprop, but of {name or 'no name'}: in this order they are Adam's, "
-            f"{listed(matches)}. If they are RMSprop's in alphabetical order, make it the scope of their names: {example}"
+            f"{listed(matches)}. If they are RMSprop's in alphabetical order, name their scope so: {example}"
         )
 
 
