@@ -40,9 +40,7 @@ def zero_count(params: Any) -> jax.Array:
 def place_like(value: jax.Array, like: Any) -> jax.Array:
     """`value` with the sharding of `like`, if that was chosen by someone, in a buffer of its own."""
     sharding = _sharding(like)
-    if isinstance(value, Tracer):
-        return value
-    if sharding is None or not getattr(like, "committed", True):
+    if isinstance(value, Tracer) or sharding is None or not getattr(like, "committed", True):
         return jnp.array(value, copy=True)
     return jax.device_put(value, sharding, may_alias=False)
 

@@ -1,0 +1,207 @@
+"""Keras 3 and tf.keras of every age: a list of variables."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._rmsprop import RMSPropState
+from ._named import array, Arrays, arrays_of, Convert, ConvertBack, pairs, state_of
+from ._text import listed, repeated
+
+
+class Generation(NamedTuple):
+    """How an age of Keras names its accumulators."""
+
+    pattern: str  # of paths, with the groups `scope`, `slot` and `weight`
+    slots: dict[str, str]  # its names of our slots
+
+
+KERAS_3 = Generation(
+    r"(?:(?P<scope>.*)/)?(?P<weight>[^/]+)_(?P<slot>velocity|average_gradient|momentum)",
+    {"nu": "velocity", "mu": "average_gradient", "trace": "momentum"},
+)
+TF_KERAS = Generation(
+    r"(?:(?P<scope>.*?)/)?(?P<slot>velocity|average_gradient|momentum)/(?P<weight>.+)",
+    {"nu": "velocity", "mu": "average_gradient", "trace": "momentum"},
+)
+LEGACY = Generation(
+    r"(?P<scope>[^/]+)/(?P<weight>.+)/(?P<slot>rms|mg|momentum)", {"nu": "rms", "mu": "mg", "trace": "momentum"}
+)
+
+ITERATION = r"(.*/)?(iteration|iterations|iter)"
+# Variables on which RMSProp's update does not depend: the rate, loss scalers, averaged weights, and (dealt with apart)
+# accumulated gradients.
+PASSED_OVER = (
+    r"(.*/)?(learning_rate|step_counter|dynamic_scale|current_loss_scale|good_steps)"
+    r"|.*_(average|gradient_accumulator)|([^/]*/)?average/.*"
+)
+OTHERS = ("adam", "adamw", "nadam", "adamax", "sgd", "adagrad", "adadelta", "ftrl", "lion", "lamb", "muon")
+
+
+def from_keras(
+    variables: Iterable[tuple[str, Any]],
+    convert: Convert | None = None,
+    gradient_accumulation_steps: int | None = None,
+) -> RMSPropState:
+    """The state of `dialects.keras` from the variables of a Keras optimizer, in any order.
+
+    The variables of the loss scaler that `mixed_float16` puts around it, and the averaged weights of `use_ema`,
+    are passed over: the update does not depend on them. For a saved model, `keras.saving.load_model` gives
+    the optimizer. Three generations have different names:
+
+    ======================  ================================================================
+    Keras 3                 `rmsprop/d_kernel_velocity`, and `rmsprop/iteration`
+    tf.keras 2.11 to 2.15   `RMSprop/velocity/d/kernel:0`, and `iteration:0`
+    tf.keras before, and    `RMSprop/d/kernel/rms:0`, and `RMSprop/iter:0`; the state is that
+    its `legacy` class      of `dialects.tf_keras`
+    ======================  ================================================================
+
+    Args:
+        variables: `[(v.path, v.numpy()) for v in optimizer.variables]`. Of tf.keras:
+            `[(v.name, v.numpy()) for v in optimizer.variables()]`. Or nested mappings, such as the group
+            `optimizer_weights` of an HDF5 file.
+        convert: from arrays by name to a tree of parameters. Keras 3 names an accumulator by the path of its
+            weight, with "_" for "/": `sequential/d1/kernel` is `sequential_d1_kernel` here. `None`: the dict.
+        gradient_accumulation_steps: what the optimizer got. Needed where it has accumulators.
+
+    Raises:
+        ValueError: names, slots or shapes do not fit; the error lists which. Or the variables are another
+            optimizer's, or have no iteration, or several that differ.
+
+    Example:
+        >>> variables = [("rmsprop/iteration", 7), ("rmsprop/d1_kernel_velocity", np.ones(2))]
+        >>> int(from_keras(variables, lambda arrays: {"kernel": arrays["d1_kernel"]}).count)
+        7
+
+    References:
+        keras/src/optimizers/rmsprop.py and base_optimizer.py, 3.15.1.
+    """
+    found = _by_path(variables)
+    generation, matches = _accumulators(found)
+    others = {path: value for path, value in found.items() if path not in matches}
+    # A loss scaler puts its own name in front of the optimizer's.
+    scopes = dict.fromkeys(_last(match["scope"] or "") for match in matches.values())
+    _check_is_rmsprop(generation, matches, others, _optimizer_name(scopes, found))
+    _check_one_optimizer(matches)
+    k = _checked_steps(others, gradient_accumulation_steps)
+    count, rest = divmod(_iteration(others, scopes), k)
+    if rest:
+        raise ValueError(f"{rest} of {k} gradients are accumulated: save after an update")
+    slot_of = {theirs: slot for slot, theirs in generation.slots.items()}
+    columns: dict[str, Arrays] = {slot_of[match["slot"]]: {} for match in matches.values()}
+    for path, match in matches.items():
+        columns[slot_of[match["slot"]]][match["weight"]] = array(found[path])
+    return state_of(columns, generation.slots, convert, count)
+
+
+def to_keras(state: Any, convert_back: ConvertBack) -> list[tuple[str, np.ndarray]]:
+    """Names and values for the variables of a Keras 3 optimizer.
+
+    Example::
+
+        values = dict(interop.to_keras(state, back))
+        for variable in optimizer.variables:  # after optimizer.build(model.trainable_variables)
+            if variable.name != "learning_rate":
+                variable.assign(values[variable.name])
+
+    Args:
+        state: of `dialects.keras`. With `gradient_accumulation_steps=k` Keras counts gradients: multiply the
+            iteration by k.
+        convert_back: from a tree of parameters to arrays by name, as in :func:`from_keras`.
+    """
+    count, slots = arrays_of(state, convert_back)
+    named = [(f"{name}_{KERAS_3.slots[slot]}", x) for slot, arrays in slots.items() for name, x in arrays.items()]
+    return [("iteration", count), *named]
+
+
+# --- Reading ----------------------------------------------------------------------------------------------
+
+
+def _by_path(variables: Any) -> dict[str, Any]:
+    """The variables by their paths, without what TensorFlow and HDF5 files add."""
+    named = [(path.removeprefix("optimizer_weights/").removesuffix(":0"), value) for path, value in pairs(variables)]
+    if twice := repeated(path for path, _ in named):
+        raise ValueError(f"variables has {listed(twice)} twice")
+    if named and all(_last(path).isdigit() for path, _ in named):
+        raise ValueError(
+            f"the variables have no names, but numbers: {listed(path for path, _ in named)}. Load the file into the "
+            "compiled model, with keras.saving.load_model or model.load_weights, and pass its optimizer.variables"
+        )
+    return dict(named)
+
+
+def _accumulators(paths: Iterable[str]) -> tuple[Generation, dict[str, re.Match[str]]]:
+    """The paths of accumulators, in the generation that knows most of them."""
+
+    def known(generation: Generation) -> dict[str, re.Match[str]]:
+        matches = {path: re.fullmatch(generation.pattern, path) for path in paths}
+        return {path: match for path, match in matches.items() if match}
+
+    def has_nu_and_most(item: tuple[Generation, dict[str, re.Match[str]]]) -> tuple[bool, int]:
+        generation, matches = item
+        return any(match["slot"] == generation.slots["nu"] for match in matches.values()), len(matches)
+
+    return max(((generation, known(generation)) for generation in (KERAS_3, LEGACY, TF_KERAS)), key=has_nu_and_most)
+
+
+def _check_is_rmsprop(
+    generation: Generation, matches: Mapping[str, re.Match[str]], others: Iterable[str], name: str
+) -> None:
+    """Raises if the variables are another optimizer's."""
+    unknown = [path for path in others if not re.fullmatch(f"{ITERATION}|{PASSED_OVER}", path)]
+    slots = [match["slot"] for match in matches.values()]
+    if unknown or generation.slots["nu"] not in slots or name in OTHERS:
+        found = listed(unknown or [*others, *matches])
+        raise ValueError(f"not the variables of Keras' RMSprop, but of {name or 'no name'}: {found}")
+    # Keras 3's Adam has a velocity and a momentum as well. By itself it makes the momentum first.
+    like_adam = generation is KERAS_3 and slots[0] == "momentum" and "average_gradient" not in slots
+    if like_adam and "rms" not in name.replace("_", ""):
+        example = "rmsprop/" + _last(next(iter(matches)))
+        raise ValueError(
+            f"not the variables of Keras' RMSprop, but of {name or 'no name'}: in this order they are Adam's, "
+            f"{listed(matches)}. If they are RMSprop's in alphabetical order, name their scope so: {example}"
+        )
+
+
+def _optimizer_name(scopes: Iterable[str], paths: Iterable[str]) -> str:
+    """The name of the optimizer whose variables these are."""
+    folders = [path.partition("/")[0] for path in paths if "/" in path and not path.startswith("loss_scale")]
+    return re.sub(r"_\d+$", "", next(iter([*scopes, *folders]), "")).lower()
+
+
+def _check_one_optimizer(matches: Mapping[str, re.Match[str]]) -> None:
+    """Raises if two accumulators are of one name."""
+    first: dict[tuple[str, str], str] = {}
+    for path, match in matches.items():
+        other = first.setdefault((match["slot"], match["weight"]), path)
+        if other != path:
+            raise ValueError(f"two accumulators of one name cannot be told apart: {other} and {path}")
+
+
+def _checked_steps(others: Iterable[str], steps: int | None) -> int:
+    """How many gradients make an update."""
+    accumulators = [path for path in others if path.endswith("_gradient_accumulator")]
+    if bool(accumulators) != (steps is not None):
+        raise ValueError(
+            f"gradient_accumulation_steps={steps}, but the optimizer has {len(accumulators)} gradient accumulators: "
+            "pass what the optimizer got"
+        )
+    return 1 if steps is None else steps
+
+
+def _iteration(others: Mapping[str, Any], scopes: Iterable[str]) -> int:
+    """The only iteration there is or, as a loss scaler has one as well, the only one beside the accumulators."""
+    found = {path: int(array(value)) for path, value in others.items() if re.fullmatch(ITERATION, path)}
+    beside = {path: value for path, value in found.items() if _last(path.rpartition("/")[0]) in scopes}
+    values = set((beside or found).values())
+    if not values:
+        raise ValueError('variables has no iteration: add ("iteration", the number of updates)')
+    if len(values) > 1:
+        raise ValueError(f"variables has several iterations, which differ: {beside or found}. Leave out the wrong ones")
+    return values.pop()
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]

@@ -1,0 +1,240 @@
+"""Variables of Keras and of tf.keras."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from resume import convert, recorded
+
+from rmsprop_jax import interop, rmsprop
+
+
+def keras_variables(scope="rm_sprop", names=("a_kernel", "a_bias"), count=7, slots=("velocity", "momentum")):
+    values = [(f"{scope}/iteration", count), (f"{scope}/learning_rate", 0.1)]
+    return values + [(f"{scope}/{name}_{slot}", np.full(2, float(i))) for slot in slots for i, name in enumerate(names)]
+
+
+def test_keras_wrappers_are_passed_over():
+    scaler = [
+        ("loss_scale_optimizer/iteration", 9),
+        ("loss_scale_optimizer/step_counter", 3),
+        ("loss_scale_optimizer/dynamic_scale", 2.0**15),
+    ]
+    averages = [("rm_sprop/a_kernel_average", np.ones(2)), ("rm_sprop/a_bias_average", np.ones(2))]
+    plain = interop.from_keras(keras_variables())
+    # Its accumulators may be in the folder of the scaler, and their iteration beside it.
+    inside = [
+        (path if path.endswith(("iteration", "rate")) else f"loss_scale_optimizer/{path}", x)
+        for path, x in keras_variables()
+    ]
+    for order in (list, sorted):
+        state = interop.from_keras(order([*scaler, *inside]))
+        assert state.count == 7
+        jax.tree.map(np.testing.assert_array_equal, state, plain)
+    for variables in ([*scaler, *keras_variables()], [*averages, *keras_variables()]):
+        state = interop.from_keras(variables)
+        assert state.count == 7
+        jax.tree.map(np.testing.assert_array_equal, state, plain)
+
+
+def test_keras_accumulation():
+    half = [
+        ("rm_sprop/a_kernel_gradient_accumulator", np.ones(2)),
+        ("rm_sprop/a_bias_gradient_accumulator", np.ones(2)),
+    ]
+    assert interop.from_keras([*half, *keras_variables(count=12)], gradient_accumulation_steps=4).count == 3
+    with pytest.raises(
+        ValueError, match="gradient_accumulation_steps=None, but the optimizer has 2 gradient accumulators"
+    ):
+        interop.from_keras([*half, *keras_variables()])
+    with pytest.raises(
+        ValueError, match="gradient_accumulation_steps=4, but the optimizer has 0 gradient accumulators"
+    ):
+        interop.from_keras(keras_variables(), gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="1 of 4 gradients are accumulated: save after an update"):
+        interop.from_keras([*half, *keras_variables(count=13)], gradient_accumulation_steps=4)
+
+
+def test_keras_layers_of_one_name():
+    with pytest.raises(ValueError, match="variables has rm_sprop/d_kernel_velocity, rm_sprop/d_kernel_momentum twice"):
+        interop.from_keras(keras_variables(names=("d_kernel", "d_kernel")))
+    two = [*keras_variables("rm_sprop"), *keras_variables("rm_sprop_1")]
+    with pytest.raises(
+        ValueError, match="cannot be told apart: rm_sprop/a_kernel_velocity and rm_sprop_1/a_kernel_velocity"
+    ):
+        interop.from_keras(two)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        keras_variables("adam", slots=("velocity", "momentum")),
+        keras_variables("my_optimizer", slots=("momentum", "velocity")),  # Adam's order
+        keras_variables("nadam_1"),
+        keras_variables("sgd", slots=("momentum",)),
+        keras_variables("adagrad", slots=("accumulator",)),
+        keras_variables("lion", slots=("momentum",)),
+        keras_variables("sgd", slots=()),
+        [("Adam/iter:0", 3), ("Adam/d/kernel/m:0", np.ones(2)), ("Adam/d/kernel/v:0", np.ones(2))],
+    ],
+    ids=lambda variables: variables[0][0] + variables[-1][0],
+)
+def test_other_optimizers_of_keras_are_named(variables):
+    name = variables[0][0].partition("/")[0].lower().removesuffix("_1")
+    with pytest.raises(ValueError, match=f"not the variables of Keras' RMSprop, but of {name}: "):
+        interop.from_keras(variables)
+
+
+WEIGHTS = ("d/kernel", "d/bias")
+VALUES = (("nu", 4.0), ("trace", 2.0), ("mu", 1.0))
+GENERATIONS = {
+    "Keras 3": ("rmsprop/iteration", "rmsprop/{weight_}_{slot}", ("velocity", "momentum", "average_gradient")),
+    "tf.keras 2.11 to 2.15": ("iteration:0", "RMSprop/{slot}/{weight}:0", ("velocity", "momentum", "average_gradient")),
+    "tf.keras before": ("RMSprop/iter:0", "RMSprop/{weight}/{slot}:0", ("rms", "momentum", "mg")),
+}
+
+
+def of_generation(name, values=VALUES, weights=WEIGHTS):
+    iteration, pattern, slots = GENERATIONS[name]
+    return [(iteration, 5)] + [
+        (pattern.format(weight=weight, weight_=weight.replace("/", "_"), slot=slot), np.full(2, value))
+        for slot, (_, value) in zip(slots, values, strict=False)
+        for weight in weights
+    ]
+
+
+def nested(variables):
+    """As the groups of an HDF5 file: folders in folders, each in alphabetical order."""
+    root = {}
+    for path, value in sorted(variables):
+        *folders, name = path.split("/")
+        folder = root
+        for part in folders:
+            folder = folder.setdefault(part, {})
+        folder[name] = value
+    return root
+
+
+ORDERS = {
+    "as made": list,
+    "sorted": sorted,
+    "reversed": lambda variables: variables[::-1],
+    "nested": nested,
+    "in a whole file": lambda variables: {"optimizer_weights": nested(variables)},
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_variables_are_read_by_name_in_any_order(generation, order):
+    state = interop.from_keras(order(of_generation(generation)))
+    assert state.count == 5
+    names = {"d_kernel", "d_bias"} if generation == "Keras 3" else {"d/kernel", "d/bias"}
+    for slot, value in (("nu", 3), ("mu", 1), ("trace", 2)):
+        assert {k: float(x[0]) for k, x in getattr(state, slot).items()} == dict.fromkeys(names, value)
+    # With fewer slots.
+    state = interop.from_keras(order(of_generation(generation, VALUES[:2])))
+    assert state.mu is None
+    assert float(next(iter(state.trace.values()))[0]) == 2
+    state = interop.from_keras(order(of_generation(generation, VALUES[:1])))
+    assert state.mu is None
+    assert state.trace is None
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("layer", ["velocity", "momentum", "rms", "iteration_velocity"])
+def test_layers_that_are_called_like_slots(generation, layer):
+    state = interop.from_keras(of_generation(generation, weights=(f"{layer}/kernel", f"{layer}/bias")))
+    separator = "_" if generation == "Keras 3" else "/"
+    assert sorted(state.nu) == [f"{layer}{separator}bias", f"{layer}{separator}kernel"]
+
+
+@pytest.mark.parametrize("scope", ["rmsprop", "rm_sprop", "rm_sprop_1", "RMSprop", "my_rmsprop"])
+def test_sorted_variables_of_an_optimizer_called_rmsprop(scope):
+    assert interop.from_keras(sorted(keras_variables(scope))).count == 7
+
+
+def test_an_optimizer_of_another_name():
+    plain = keras_variables("my_optimizer")
+    assert interop.from_keras(plain).count == 7
+    # In alphabetical order it could be an Adam.
+    with pytest.raises(ValueError, match="in this order they are Adam's.*name their scope so: rmsprop/a_bias_momentum"):
+        interop.from_keras(sorted(plain))
+    renamed = [(path.replace("my_optimizer/", "rmsprop/"), x) for path, x in sorted(plain)]
+    assert interop.from_keras(renamed).count == 7
+    # Without momentum, or with a mean, it could not.
+    for slots in (("velocity",), ("velocity", "momentum", "average_gradient")):
+        assert interop.from_keras(sorted(keras_variables("my_optimizer", slots=slots))).count == 7
+
+
+def test_the_iteration_wherever_it_lies():
+    accumulators = [v for v in keras_variables() if v[0].endswith(("velocity", "momentum"))]
+    for path in ("iteration", "iteration:0", "rm_sprop/iteration", "elsewhere/iterations", "iter:0"):
+        assert interop.from_keras([(path, 7), *accumulators]).count == 7
+    assert interop.from_keras([("iteration", 7), ("rmsprop/d_kernel_velocity", np.ones(2))]).count == 7
+    with pytest.raises(ValueError, match=r"variables has no iteration: add \(\"iteration\", the number of updates\)"):
+        interop.from_keras(accumulators)
+    two = [("a/iteration", 7), ("b/iteration", 8), *accumulators]
+    with pytest.raises(ValueError, match="several iterations, which differ: {'a/iteration': 7, 'b/iteration': 8}"):
+        interop.from_keras(two)
+    assert interop.from_keras([("a/iteration", 7), ("b/iteration", 7), *accumulators]).count == 7
+
+
+def test_what_was_written_is_read():
+    state = rmsprop(0.1, centered=True, momentum=0.9, initial_scale=2.0).init({"a": jnp.ones(2)})
+    state = state._replace(count=jnp.int32(3))
+    again = interop.from_keras(interop.to_keras(state, lambda tree: tree))
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_variables_without_names():
+    numbered = [(f"optimizer/vars/{i}", np.ones(2)) for i in range(4)]
+    with pytest.raises(ValueError, match=r"have no names, but numbers: optimizer/vars/0.*model\.load_weights"):
+        interop.from_keras(numbered)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        [("iteration:0", 3), ("Adam/m/d/kernel:0", np.ones(2)), ("Adam/v/d/kernel:0", np.ones(2))],
+        [("iteration:0", 3), ("SGD/m/d/kernel:0", np.ones(2))],
+        [("SGD/iter:0", 3), ("SGD/d/kernel/momentum:0", np.ones(2))],
+    ],
+    ids=["Adam of 2.15", "SGD of 2.15", "SGD of 2.10"],
+)
+def test_other_optimizers_of_tf_keras_are_named(variables):
+    for order in (list, sorted):
+        name = variables[-1][0].partition("/")[0].lower()
+        with pytest.raises(ValueError, match=f"not the variables of Keras' RMSprop, but of {name}: "):
+            interop.from_keras(order(variables))
+
+
+def test_averaged_weights_and_loss_scalers_of_tf_keras_are_passed_over():
+    for generation in GENERATIONS:
+        plain = of_generation(generation)
+        beside = [("RMSprop/average/d/kernel:0", np.ones(2)), ("current_loss_scale:0", 2.0), ("good_steps:0", 3)]
+        state = interop.from_keras([*beside, ("learning_rate:0", 0.1), *plain])
+        jax.tree.map(np.testing.assert_array_equal, state, interop.from_keras(plain))
+
+
+def test_legacy_tf_keras_variables():
+    variables = [("RMSprop/iter:0", 5)] + [
+        (f"RMSprop/d/{name}/{slot}:0", np.full(2, value))
+        for slot, value in (("rms", 4.0), ("momentum", 2.0), ("mg", 1.0))
+        for name in ("kernel", "bias")
+    ]
+    state = interop.from_keras(variables)
+    assert state.count == 5
+    assert {slot: float(getattr(state, slot)["d/bias"][0]) for slot in ("nu", "mu", "trace")} == {
+        "nu": 3,
+        "mu": 1,
+        "trace": 2,
+    }
+
+
+def test_foreign_variables_are_named():
+    keras = recorded("keras", {"momentum": 0.9}).checkpoint
+    with pytest.raises(ValueError, match=r"not the variables of Keras' RMSprop.*: adam/w_m"):
+        interop.from_keras([*keras, ("adam/w_m", np.ones(1))], convert)
+    with pytest.raises(ValueError, match=r"lacks {'velocity': \['fc_bias'\]}"):
+        interop.from_keras([v for v in keras if not v[0].endswith("fc_bias_velocity")], convert)

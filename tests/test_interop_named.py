@@ -1,0 +1,98 @@
+"""The functions that convert arrays by name to trees of parameters, and back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from interop_helpers import checkpoint, entry, group
+from resume import convert, convert_back, NAMES, ORIGIN
+
+from rmsprop_jax import interop, rmsprop
+from rmsprop_jax.interop import _named
+
+
+WHOLE = checkpoint([group([0, 1])], {0: entry(1.0), 1: entry(2.0)})
+
+
+def test_convert_must_use_every_accumulator_once():
+    def read(convert):
+        return interop.from_pytorch(WHOLE, ["a", "b"], convert)
+
+    with pytest.raises(
+        ValueError, match=r"convert leaves out, or changes the values of, \['b'\], and uses more than once \['a'\]"
+    ):
+        read(lambda x: [x["a"], x["a"]])
+    with pytest.raises(ValueError, match=r"convert leaves out, or changes the values of, \['a'\]"):
+        read(lambda x: [x["a"] - 1, x["b"]])
+    with pytest.raises(ValueError, match=r"convert leaves out, or changes the values of, \['a'\]"):
+        read(lambda x: [x["a"][:1], x["b"]])
+    # A tied weight may go to two places, and weights may be split, joined and cast to float32.
+    tied = read(lambda x: [x["a"], x["b"], x["a"]])
+    assert [float(x[0]) for x in tied.nu] == [1, 2, 1]
+    joined = read(lambda x: jnp.asarray(np.stack([x["b"], x["a"]]), jnp.float32))
+    np.testing.assert_array_equal(joined.nu, [[2, 2], [1, 1]])
+    many = checkpoint([group(list(range(300)))], {i: entry(float(i)) for i in range(300)})
+    names = [f"w{i}" for i in range(300)]
+    interop.from_pytorch(many, names, lambda x: [jnp.asarray(v, jnp.float32) for v in x.values()])
+    with pytest.raises(ValueError, match=r"\['w137'\], and uses more than once \['w7'\]"):
+        interop.from_pytorch(many, names, lambda x: [x["w7" if k == "w137" else k] for k in x])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.int32, np.complex64], ids=str)
+def test_convert_must_not_cast_to_what_cannot_hold_an_accumulator(dtype):
+    with pytest.raises(
+        ValueError, match=rf"convert makes {np.dtype(dtype)} of \['b'\], and accumulators need float32.*after convert"
+    ):
+        interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {"a": x["a"], "b": jnp.asarray(x["b"], dtype)})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16], ids=str)
+def test_convert_must_not_round_on_the_way(dtype):
+    with pytest.raises(ValueError, match=r"changes the values of, \['b'\]|['a', 'b']"):
+        interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {k: np.float32(np.asarray(v, dtype)) for k, v in x.items()})
+
+
+def test_what_does_not_train_has_no_state():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "n": jnp.arange(2)}
+    state = interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {**x, "n": None})
+    tx = rmsprop(0.1)
+    assert jax.tree.structure(interop.from_rmsprop(state, tx.init(params))) == jax.tree.structure(tx.init(params))
+    tx.update({**params, "n": None}, state)
+
+
+def test_a_variance_is_the_difference_in_float64():
+    """In float32 E[g²] - E[g]² of a nearly constant gradient is nothing but rounding."""
+    mean = np.float32([1.0001, 3.3333, -2.7182, 7.0])
+    second = np.float32(np.float64(mean) ** 2 * (1 + 3e-7))
+    groups = [group([0], centered=True)]
+    state = interop.from_pytorch(checkpoint(groups, {0: entry(0.0, square_avg=second, grad_avg=mean)}), ["w"])
+    expected = np.float64(second) - np.float64(mean) ** 2
+    np.testing.assert_allclose(state.nu["w"], np.maximum(expected, 0), rtol=1e-6)
+    # A difference below zero, which rounding makes, is no variance.
+    below = checkpoint(groups, {0: entry(0.0, square_avg=second * np.float32(0.999), grad_avg=mean)})
+    state = interop.from_pytorch(below, ["w"])
+    assert (state.nu["w"] == 0).all()
+    updates, _ = rmsprop(0.1, centered=True).update({"w": jnp.array(mean)}, state)
+    assert jnp.isfinite(updates["w"]).all()
+
+
+def test_convert_back_must_give_the_names():
+    state = rmsprop(0.1).init(convert(ORIGIN))
+    with pytest.raises(ValueError, match=r"lacks \['x'\] of names, and has \['fc.bias'\] beside them"):
+        _named.arrays_of(state, convert_back, [*NAMES[:2], "x"])
+    with pytest.raises(ValueError, match="names has a name more than once: fc.bias"):
+        _named.arrays_of(state, convert_back, [*NAMES, "fc.bias"])
+
+
+def test_a_checkpoint_has_no_place_for_what_wrappers_hold():
+    tx = optax.chain(rmsprop(0.1), optax.ema(0.9))
+    state = tx.init({"w": jnp.ones(2)})
+    with pytest.raises(
+        ValueError, match=r"state also holds \[1\]\.ema\['w'\]: a framework's .*pass RMSProp's own state, state\[0\]"
+    ):
+        interop.to_keras(state, lambda tree: tree)
+    assert len(interop.to_keras(state[0], lambda tree: tree)) == 2
+    many = jax.vmap(rmsprop(0.1).init)(jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"the count has shape \(3,\): take one of the states"):
+        interop.to_keras(many, lambda tree: {"w": tree})

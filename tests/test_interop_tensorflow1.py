@@ -1,0 +1,57 @@
+"""Slot variables of TensorFlow 1."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from resume import convert, recorded
+
+from rmsprop_jax import interop, rmsprop
+
+
+def test_a_whole_tensorflow_checkpoint():
+    slots = {"w/RMSProp": np.full(2, 2.0), "w/RMSProp_1": np.full(2, 3.0)}
+    beside = {
+        "w": np.ones(2),
+        "w/ExponentialMovingAverage": np.ones(2),
+        "global_step": np.int64(40),
+        "v/Adam": np.ones(2),
+    }
+    for count, expected in ((0, 40), (7, 7)):
+        state = interop.from_tensorflow1(slots | beside, count=count)
+        assert state.count == expected
+        assert {name: float(x[0]) for name, x in (state.nu | {"b": state.trace["w"]}).items()} == {"w": 2, "b": 3}
+    with pytest.raises(ValueError, match=r"no slots of RMSProp, which are called \*/RMSProp.*: w, w/Adam, w/Adam_1"):
+        interop.from_tensorflow1({"w": np.ones(2), "w/Adam": np.ones(2), "w/Adam_1": np.ones(2)})
+
+
+def test_tensorflow1_names():
+    state = rmsprop(0.1, momentum=0.9, initial_scale=1.0).init({"w": jnp.ones(2)})
+    slots = interop.to_tensorflow1(state, lambda tree: tree, name="Opt")
+    assert {k: v.tolist() for k, v in slots.items()} == {"w/Opt": [1, 1], "w/Opt_1": [0, 0]}
+    again = interop.from_tensorflow1(
+        {k + ":0": v for k, v in slots.items()}, lambda arrays: {"w": arrays["w"]}, name="Opt"
+    )
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, again, state))
+    # The slot that TensorFlow has also without momentum.
+    assert set(interop.to_tensorflow1(rmsprop(0.1).init({"w": jnp.ones(2)}), lambda tree: tree)) == {
+        "w/RMSProp",
+        "w/RMSProp_1",
+    }
+
+
+def test_a_slot_that_is_missing():
+    slots = recorded("tensorflow", {"momentum": 0.9}).checkpoint
+    with pytest.raises(ValueError, match=r"lacks {'RMSProp_1': \['fc_bias'\]}"):
+        interop.from_tensorflow1({k: v for k, v in slots.items() if k != "fc_bias/RMSProp_1"}, convert)
+
+
+def test_the_global_step_wherever_it_lies():
+    slots = {"w/RMSProp": np.ones(2), "w/RMSProp_1": np.ones(2)}
+    for key in ("global_step", "global_step:0", "train/global_step", "train/global_step:0"):
+        assert interop.from_tensorflow1({**slots, key: np.int64(40)}).count == 40
+    assert interop.from_tensorflow1({**slots, "global_step_of_mine": np.int64(3)}).count == 0
+    two = {**slots, "a/global_step": np.int64(40), "b/global_step": np.int64(41)}
+    with pytest.raises(ValueError, match="several steps, which differ: {'a/global_step': 40, 'b/global_step': 41}"):
+        interop.from_tensorflow1(two)
+    assert interop.from_tensorflow1(two, count=41).count == 41
