@@ -24,6 +24,7 @@ from resume import (
     foreign,
     limit,
     ORIGIN,
+    run_framework,
     run_ours,
     SOURCES,
     STOP,
@@ -102,16 +103,16 @@ def test_live_resumes_both_ways(subtests):
 
 
 def both_ways(name, options):
-    source, arguments = SOURCES[name], foreign(name, options)
-    tx = dialect_of(source, name, options)
+    source, tx = SOURCES[name], dialect_of(SOURCES[name], name, options)
+    run = functools.partial(run_framework, source, foreign(name, options))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        middle, checkpoint = source.run(arguments, ORIGIN, 0, STOP)
-        theirs, _ = source.run(arguments, ORIGIN, 0, END)
+        middle, checkpoint = run(ORIGIN, 0, STOP)
+        theirs, _ = run(ORIGIN, 0, END)
         ours, _ = run_ours(tx, source.read(checkpoint), middle, STOP, END)
         assert difference(ours, theirs) < limit(name, options)
         # And back: we make the first half, the framework goes on from our state.
         middle, state = run_ours(tx, tx.init(convert(ORIGIN)), ORIGIN, 0, STOP)
-        back, _ = source.run(arguments, middle, STOP, END, source.write(state))
+        back, _ = run(middle, STOP, END, source.write(state))
         assert difference(back, theirs) < limit(name, options)
 
 

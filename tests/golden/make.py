@@ -32,11 +32,11 @@ def flat(tree, path=""):
 
 
 def write_resume(name, versions):
-    source = resume.SOURCES[name]
-    for options in source.options:
+    framework = FRAMEWORKS[name]
+    for options in framework.resumed:
         arguments = resume.foreign(name, options)
-        middle, checkpoint = source.run(arguments, resume.ORIGIN, 0, resume.STOP)
-        end, _ = source.run(arguments, resume.ORIGIN, 0, resume.END)
+        middle, checkpoint = resume.run_framework(framework, arguments, resume.ORIGIN, 0, resume.STOP)
+        end, _ = resume.run_framework(framework, arguments, resume.ORIGIN, 0, resume.END)
         arrays = flat({"middle": middle, "end": end, "checkpoint": checkpoint})
         file = HERE / "resume" / f"{resume.case_name(name, options)}.npz"
         np.savez_compressed(file, versions=np.array(json.dumps(versions)), **arrays)
@@ -53,8 +53,7 @@ def write(name):
     versions = {d: importlib.metadata.version(d) for d in (*framework.distributions, "numpy")}
     versions["python"] = platform.python_version()
     np.savez_compressed(HERE / f"{name}.npz", versions=np.array(json.dumps(versions)), **arrays)
-    if name in resume.SOURCES:
-        write_resume(name, versions)
+    write_resume(name, versions)
     print(name, versions, len(arrays), "cases")
 
 
