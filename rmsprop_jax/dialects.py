@@ -38,8 +38,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _pytree, _rmsprop, _storage
-from ._rmsprop import rmsprop
+from . import _pytree, _storage
+from ._rmsprop import _number, rmsprop
 
 
 Transformation = optax.GradientTransformationExtraArgs
@@ -63,7 +63,7 @@ class _Entry(NamedTuple):
 
     row: Callable[..., Row]
     signature: inspect.Signature
-    framework: str  # the class, function or paper that it is named after
+    framework: str  # the class, function or paper whose rule it is
     rate: float | None  # the framework's default learning rate
 
 
@@ -102,7 +102,8 @@ def _dialect(framework: str, rate: float | None = None) -> Callable[[Callable[_P
             called = _row(make, *args, **kwargs)
             if called.options["learning_rate"] is None:
                 raise ValueError(f"{row.__name__} needs {next(iter(signature.parameters))}: {framework} has no default")
-            return _transformation(called)
+            given = tuple(signature.bind(*args, **kwargs).arguments.items())
+            return _pytree.alike((row, given), lambda: _transformation(called))
 
         signature = _Signature([*inspect.signature(row).parameters.values()], return_annotation=Transformation)
         signature.dialect = row.__name__
@@ -124,7 +125,7 @@ def _row(dialect: Callable[..., Any], *args: Any, **kwargs: Any) -> Row:
     if len(given) > 1:
         raise ValueError(f"{own} and learning_rate are two names of one argument: give one of them, got {given}")
     name, rate = next(iter(given.items()), (own, entry.rate))
-    bound.arguments[own] = rate if rate is None or callable(rate) else _rmsprop._number(name, rate, lower=-math.inf)
+    bound.arguments[own] = rate if rate is None or callable(rate) else _number(name, rate, lower=-math.inf)
     return entry.row(*bound.args, **bound.kwargs)
 
 
@@ -235,15 +236,15 @@ def dreamer(
     lr: optax.ScalarOrSchedule | None = None,
     agc: ArrayLike | None = 0.3,
     eps: ArrayLike = 1e-20,
-    beta1: ArrayLike = 0.9,
+    beta1: float | jax.Array = 0.9,
     beta2: ArrayLike = 0.999,
     momentum: bool = True,
     nesterov: bool = False,
     wd: ArrayLike | None = None,
     wdregex: str = r"/kernel$",
     schedule: str = "const",
-    warmup: ArrayLike = 1000,
-    anneal: ArrayLike = 0,
+    warmup: float | jax.Array = 1000,
+    anneal: float | jax.Array = 0,
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
@@ -284,8 +285,8 @@ def dreamer(
         raise ValueError(f"schedule={schedule!r}: allowed are 'const', 'linear' and 'cosine'")
     if wd is None and weight_decay_mask is not None:
         raise ValueError("weight_decay_mask needs wd, got wd=None")
-    agc, beta1, wd = _limit("agc", agc), _rmsprop._number("beta1", beta1), _off(wd)
-    warmup, anneal = _rmsprop._number("warmup", warmup), _rmsprop._number("anneal", anneal)
+    agc, beta1, wd = _limit("agc", agc), _number("beta1", beta1), _off(wd)
+    warmup, anneal = _number("warmup", warmup), _number("anneal", anneal)
     if not isinstance(beta1, jax.Array) and beta1 >= 1:
         raise ValueError(f"beta1={beta1!r}: allowed is a number in [0, 1), because the average is bias corrected")
     if schedule == "const" and not _traced(anneal):
@@ -306,7 +307,7 @@ def dreamer(
 
     decaying: dict[str, Any] = {}
     if wd is not None:
-        strength = _rmsprop._number("wd", wd)
+        strength = _number("wd", wd)
         # The decay is not averaged: divide by what corrects the average.
         decaying["weight_decay"] = lambda count: strength / correction(count)
         decaying["weight_decay_mask"] = by_path if weight_decay_mask is None else weight_decay_mask
@@ -317,7 +318,7 @@ def dreamer(
             eps=eps,
             eps_in_sqrt=False,
             momentum=beta1,
-            nesterov=nesterov,
+            nesterov=_flag("nesterov", nesterov) and _off(beta1) is not None,
             bias_correction=True,
             lr_in_momentum=False,
             decoupled=True,
@@ -445,7 +446,7 @@ def timm(
         if callable(largest) or (max_lr is None and _traced(largest)):
             raise ValueError("corrected_weight_decay=True needs max_lr, the rate that timm's constructor got")
         if decoupled and _off(weight_decay) is not None:
-            strength = _rmsprop._number("weight_decay", weight_decay)
+            strength = _number("weight_decay", weight_decay)
             decay = lambda count: strength * _at(lr, count) / largest  # noqa: E731
     elif max_lr is not None:
         raise ValueError(f"max_lr={max_lr!r} needs corrected_weight_decay=True")
@@ -668,8 +669,8 @@ def tf_keras(
     if clipnorm is not None and global_clipnorm is not None:
         raise ValueError(f"only one of {clipnorm=} and {global_clipnorm=} can be set")
     clips = {"clipvalue": clipvalue, "clipnorm": clipnorm, "global_clipnorm": global_clipnorm}
-    clips = {name: None if clip is None else _rmsprop._number(name, clip) for name, clip in clips.items()}
-    slowing = None if _off(decay) is None else _rmsprop._number("decay", decay)
+    clips = {name: None if clip is None else _number(name, clip) for name, clip in clips.items()}
+    slowing = None if _off(decay) is None else _number("decay", decay)
 
     def decayed(count: Any) -> jax.Array:
         return _at(learning_rate, count) / (1 + jnp.asarray(slowing, jnp.float32) * jnp.asarray(count, jnp.float32))
@@ -934,7 +935,7 @@ def table() -> list[dict[str, str]]:
                 "momentum": "" if moving is None else f"{plain['momentum'] or 0:g}",
                 "lr vs buffer": "" if moving is None else root[moving["lr_in_momentum"]],
                 "weight decay": decay,
-                "named after": entry.framework,
+                "class or paper": entry.framework,
             }
         )
     return rows
@@ -965,14 +966,13 @@ def _at(value: Any, count: Any) -> jax.Array:
 def _annealed(rate: jax.Array, count: Any, schedule: str, warmup: Any, anneal: Any) -> jax.Array:
     """DreamerV3's learning rate."""
     step, warmup = jnp.asarray(count, jnp.float32), jnp.asarray(warmup, jnp.float32)
-    past = jnp.clip((step - warmup) / (jnp.asarray(anneal, jnp.float32) - warmup), 0.0, 1.0)
-    final = 0.1 * rate
-    shapes = {
-        "const": lambda: 1.0,
-        "linear": lambda: 1 - 0.9 * past,
-        "cosine": lambda: final + (1 - final) * (1 + jnp.cos(jnp.pi * past)) / 2,
-    }
-    return rate * jnp.where(step < warmup, step / jnp.maximum(warmup, 1.0), shapes[schedule]())
+    if schedule == "const":
+        shape = 1.0
+    else:
+        past = jnp.clip((step - warmup) / (jnp.asarray(anneal, jnp.float32) - warmup), 0.0, 1.0)
+        final = 0.1 * rate
+        shape = 1 - 0.9 * past if schedule == "linear" else final + (1 - final) * (1 + jnp.cos(jnp.pi * past)) / 2
+    return rate * jnp.where(step < warmup, step / jnp.maximum(warmup, 1.0), shape)
 
 
 def _matches(regex: str, path: Any) -> bool:
@@ -1011,7 +1011,7 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _positive(name: str, value: Any) -> Any:
-    value = _rmsprop._number(name, value, lower=-math.inf)
+    value = _number(name, value, lower=-math.inf)
     if not _traced(value) and value <= 0:
         raise ValueError(f"{name}={value!r}: allowed is a number above 0")
     return value
@@ -1021,7 +1021,7 @@ def _limit(name: str, value: Any, lower: float = 0.0) -> Any:
     """The limit of a clip, or None where a limit of 0 or less switches it off. Traced, it is then infinite."""
     if value is None:
         return None
-    value = _rmsprop._number(name, value, lower=lower)
+    value = _number(name, value, lower=lower)
     if _traced(value):
         return jnp.where(value > 0, value, jnp.inf)
     return value if value > 0 else None
@@ -1100,7 +1100,7 @@ def _is_inexact(leaf: Any) -> bool:
 def _changed(change: _Change, number: Any, grads: list[Any], params: list[Any] | None) -> list[jax.Array]:
     with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
         new = change(number, _wide(grads), _wide(params or []))
-    return [x.astype(jnp.result_type(grad)) for x, grad in zip(new, grads, strict=True)]
+    return [_storage.saturate(x, jnp.result_type(grad)) for x, grad in zip(new, grads, strict=True)]
 
 
 def _wide(arrays: list[Any]) -> list[jax.Array]:
