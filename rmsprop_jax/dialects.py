@@ -99,14 +99,15 @@ def _dialect(framework: str, rate: float | None = None) -> Callable[[Callable[_P
     def decorate(row: Callable[_P, Row]) -> Callable[_P, Transformation]:
         @functools.wraps(row)
         def make(*args: _P.args, **kwargs: _P.kwargs) -> Transformation:
-            called = _row(make, *args, **kwargs)
-            if called.options["learning_rate"] is None:
-                raise ValueError(f"{row.__name__} needs {next(iter(signature.parameters))}: {framework} has no default")
-            given = tuple(signature.bind(*args, **kwargs).arguments.items())
-            return _pytree.alike((row, given), lambda: _transformation(called))
+            arguments = _arguments(make, *args, **kwargs)
+            if arguments[own] is None:
+                raise ValueError(f"{row.__name__} needs {own}: {framework} has no default")
+            called = row(**arguments)  # pyright: ignore[reportCallIssue] (all can be given by name)
+            return _pytree.alike((row, *arguments.items()), lambda: _transformation(called))
 
         signature = _Signature([*inspect.signature(row).parameters.values()], return_annotation=Transformation)
         signature.dialect = row.__name__
+        own, *_ = signature.parameters
         setattr(make, "__signature__", signature)  # noqa: B010 (functions do not declare it)
         make.__annotations__ = row.__annotations__ | {"return": Transformation}
         _ENTRIES[make] = _Entry(row, signature, framework, rate)
@@ -115,22 +116,22 @@ def _dialect(framework: str, rate: float | None = None) -> Callable[[Callable[_P
     return decorate
 
 
-def _row(dialect: Callable[..., Any], *args: Any, **kwargs: Any) -> Row:
-    """The row of a call."""
+def _arguments(dialect: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """All arguments of a call by name, the learning rate under the framework's name for it."""
     entry = _ENTRIES[dialect]
-    bound = entry.signature.bind(*args, **kwargs)
+    given = entry.signature.bind(*args, **kwargs).arguments
     own, *_ = entry.signature.parameters
-    rates = {name: bound.arguments.pop(name, None) for name in dict.fromkeys((own, "learning_rate"))}
-    given = {name: rate for name, rate in rates.items() if rate is not None}
-    if len(given) > 1:
-        raise ValueError(f"{own} and learning_rate are two names of one argument: give one of them, got {given}")
-    name, rate = next(iter(given.items()), (own, entry.rate))
-    bound.arguments[own] = rate if rate is None or callable(rate) else _number(name, rate, lower=-math.inf)
-    return entry.row(*bound.args, **bound.kwargs)
+    rates = {name: given.pop(name, None) for name in dict.fromkeys((own, "learning_rate"))}
+    rates = {name: rate for name, rate in rates.items() if rate is not None}
+    if len(rates) > 1:
+        raise ValueError(f"{own} and learning_rate are two names of one argument: give one of them, got {rates}")
+    name, rate = next(iter(rates.items()), (own, entry.rate))
+    rate = rate if rate is None or callable(rate) else _number(name, rate, lower=-math.inf)
+    return {p.name: p.default for p in entry.signature.parameters.values()} | given | {own: rate}
 
 
 def _row_of(dialect: Callable[..., Any]) -> Callable[..., Row]:
-    """The row of a relative."""
+    """The function that makes a dialect's row."""
     return _ENTRIES[dialect].row
 
 
@@ -897,7 +898,10 @@ def options(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
 
         >>> tx = rmsprop(**options(pytorch, momentum=0.9) | {"learning_rate": 3e-4})
     """
-    bound = inspect.signature(rmsprop).bind(**_row_or_no_rate(dialect, arguments).options)
+    own, *_ = _ENTRIES[dialect].signature.parameters
+    no_rate = {} if {own, "learning_rate"} & arguments.keys() else {own: None}  # where it is required
+    row = _row_of(dialect)(**_arguments(dialect, **arguments | no_rate))
+    bound = inspect.signature(rmsprop).bind(**row.options)
     bound.apply_defaults()
     return bound.arguments
 
@@ -939,12 +943,6 @@ def table() -> list[dict[str, str]]:
             }
         )
     return rows
-
-
-def _row_or_no_rate(dialect: Callable[..., Any], arguments: dict[str, Any]) -> Row:
-    """The row of a call, also of one without the learning rate that the framework requires."""
-    own, *_ = _ENTRIES[dialect].signature.parameters.values()
-    return _row(dialect, **({own.name: None} if own.default is own.empty else {}) | arguments)
 
 
 # --- Arguments --------------------------------------------------------------------------------------------
