@@ -1069,28 +1069,28 @@ _Change = Callable[[Any, list[jax.Array], list[Any]], list[jax.Array]]
 def _before(change: _Change, number: Any, params_for: str | None = None) -> optax.GradientTransformation:
     """A stateless transformation: `change` gets the number, the gradients that train, and parameters if needed.
 
-    Gradients that are None or float0, and what is no gradient at all, pass as they are: the rule looks at them.
+    None and integers pass as they are; float0 becomes None, as in the rule.
     """
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        updates = _pytree._without_float0(updates)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
-        live = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
+        live = [
+            i
+            for i, leaf in enumerate(leaves)
+            if leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        ]
         theirs = None
-        if params_for is not None:
+        if params_for is not None and live:
             if params is None:
-                raise ValueError(f"{params_for} needs the parameters: call update(updates, state, params)")
-            column = _pytree._column(updates, params, "params")
+                raise ValueError(f"{params_for} needs params: call update(updates, state, params)")
+            column = treedef.flatten_up_to(_pytree._params_with_gradients(updates, params, None))
             theirs = [column[i] for i in live]
         for i, new in zip(live, _changed(change, number, [leaves[i] for i in live], theirs), strict=True):
             leaves[i] = new
         return treedef.unflatten(leaves)
 
     return optax.stateless(update)
-
-
-def _is_inexact(leaf: Any) -> bool:
-    dtype = type(leaf) if isinstance(leaf, (float, complex)) else getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 # At module level, with the number as an argument, like the rule's update: see _pytree.py.
