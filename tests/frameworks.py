@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -105,15 +106,25 @@ class Torch(Runner):
         return {"state": state, "param_groups": groups}
 
 
+def past_init(module: str) -> Any:
+    """A module of a package whose __init__ imports more than its optimizer needs: torch alone."""
+    *packages, _ = module.split(".")
+    for i in range(len(packages)):
+        name = ".".join(packages[: i + 1])
+        spec = importlib.util.find_spec(name)
+        assert spec
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(module)
+
+
 class Timm(Torch):
     def optimizer_class(self):
-        # timm's __init__ imports torchvision, which has no build for the CPU build of torch. Its optimizers need torch
-        # alone: enter the package past its __init__.
-        for name in ("timm", "timm.optim"):
-            spec = importlib.util.find_spec(name)
-            assert spec
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-        return importlib.import_module("timm.optim.rmsprop_tf").RMSpropTF
+        return past_init("timm.optim.rmsprop_tf").RMSpropTF  # timm imports torchvision, which CPU builds lack
+
+
+class Pfrl(Torch):
+    def optimizer_class(self):
+        return past_init("pfrl.optimizers.rmsprop_eps_inside_sqrt").RMSpropEpsInsideSqrt  # pfrl imports gym
 
 
 class StableBaselines3(Torch):
@@ -307,6 +318,39 @@ class Mlx(Runner):
         self.ps = self.optimizer.apply_gradients({k: mx.array(g) for k, g in grads.items()}, self.ps)
 
 
+class TensorFlowJs(Runner):
+    """TensorFlow.js under Node, from the folder with node_modules that TENSORFLOWJS names."""
+
+    def __init__(self, params, rates, arguments):
+        call = inspect.signature(dialects.tensorflowjs).bind(float(rates[0]), **arguments).arguments
+        options = inspect.signature(dialects.tensorflowjs).parameters
+        self.ps = params
+        self.process = subprocess.Popen(
+            ["node", pathlib.Path(__file__).parent / "golden" / "tensorflowjs.js"],
+            env=os.environ | {"NODE_PATH": f"{os.environ['TENSORFLOWJS']}/node_modules"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        names = list(options)[:5]
+        defaults = {name: 0 if name == "momentum" else options[name].default for name in names}
+        self.send({"arguments": list((defaults | call).values()), "params": self.lists(params)})
+
+    def lists(self, arrays: Arrays) -> dict[str, list[float]]:
+        return {k: v.astype(np.float64).tolist() for k, v in arrays.items()}
+
+    def send(self, message: Any) -> None:
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+
+    def params(self):
+        return self.ps
+
+    def step(self, grads, rate):
+        self.send({"rate": float(rate), "grads": self.lists(grads)})
+        self.ps = {k: np.float32(v) for k, v in json.loads(self.process.stdout.readline()).items()}
+
+
 class Optax(Runner):
     """Any gradient transformation."""
 
@@ -391,7 +435,7 @@ SPLIT = 24  # where the vector is divided, if its parts matter
 
 
 class Framework(NamedTuple):
-    distributions: tuple[str, ...]  # on PyPI, the first one is the one whose version counts
+    distributions: tuple[str, ...]  # on PyPI (with "@": on npm), the first one is the one whose version counts
     runner: type[Runner]
     dialect: Callable[..., optax.GradientTransformationExtraArgs]
     calls: list[dict[str, Any]]
@@ -461,6 +505,12 @@ FRAMEWORKS = {
         dialects.stable_baselines3,
         [*combinations(MOMENTUM, CENTERED, DECAY, eps=1e-3), {}],
     ),
+    "pfrl": Framework(
+        ("pfrl", "torch"),
+        Pfrl,
+        dialects.pfrl,
+        [*combinations(MOMENTUM, CENTERED, DECAY, eps=1e-3), {}],
+    ),
     "bitsandbytes": Framework(
         ("bitsandbytes", "torch"),
         Bitsandbytes,
@@ -512,6 +562,12 @@ FRAMEWORKS = {
         Sonnet,
         dialects.sonnet,
         [*combinations(MOMENTUM, CENTERED, epsilon=1e-3), {"decay": 0.99}],
+    ),
+    "tensorflowjs": Framework(
+        ("@tensorflow/tfjs",),
+        TensorFlowJs,
+        dialects.tensorflowjs,
+        [*combinations(MOMENTUM, epsilon=1e-3), {"decay": 0.99}, {}],
     ),
     "paddlepaddle": Framework(
         ("paddlepaddle",),
@@ -592,12 +648,20 @@ def cases(framework: Framework):
         yield case_name(arguments, schedule), arguments, rates
 
 
+def version(distribution: str) -> str:
+    """The version that is installed."""
+    if not distribution.startswith("@"):
+        return importlib.metadata.version(distribution)
+    folder = pathlib.Path(os.environ["TENSORFLOWJS"]) / "node_modules" / distribution
+    return json.loads((folder / "package.json").read_text())["version"]
+
+
 def is_here(name):
     """Whether a framework is installed, or must be: .ci/run names those whose absence is a failure."""
     if name in os.environ.get("RMSPROP_JAX_LIVE", "").split():
         return True
-    if name == "dreamerv3":  # not on PyPI
-        return "DREAMERV3" in os.environ
+    if name in ("dreamerv3", "tensorflowjs"):  # not on PyPI
+        return name.upper() in os.environ
     try:
         return all(importlib.metadata.version(d) for d in FRAMEWORKS[name].distributions)
     except importlib.metadata.PackageNotFoundError:
