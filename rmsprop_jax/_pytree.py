@@ -274,7 +274,11 @@ def _masked(params: optax.Params, mask: Any) -> optax.Params:
             raise TypeError(f"the mask{keystr(path)} has type {type(keep).__name__}: allowed are True and False")
         return subtree if keep else jax.tree.map(lambda _: None, subtree)
 
-    return jax.tree.map_with_path(select, mask(params) if callable(mask) else mask, params)
+    tree = mask(params) if callable(mask) else mask
+    try:
+        return jax.tree.map_with_path(select, tree, params)
+    except ValueError as error:
+        raise ValueError(f"the mask must be a tree like the parameters', or a prefix of it: {error}") from None
 
 
 def _without_float0(updates: optax.Updates) -> optax.Updates:

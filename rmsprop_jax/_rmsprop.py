@@ -42,7 +42,7 @@ def rmsprop(
     bias_correction: bool = False,
     *,
     lr_in_momentum: bool = True,
-    weight_decay: ArrayLike | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     decoupled: bool = True,
     state_dtype: DTypeLike | None = None,
@@ -90,7 +90,7 @@ def rmsprop(
         bias_correction: correct for an average that started from zero.
         lr_in_momentum: the buffer holds αu as in TensorFlow, instead of u as in PyTorch. The two
             differ only if α changes.
-        weight_decay: λ. `update` then needs `params`.
+        weight_decay: λ, a number or a schedule, as in :func:`optax.adamw`. `update` then needs `params`.
         weight_decay_mask: which parameters decay, as in :func:`optax.adamw`: a tree of booleans
             like the parameters' or a prefix of it, or a function from the parameters to it. `None`:
             all. With :func:`optax.inject_hyperparams`, name a function in `static_args`.
@@ -386,7 +386,7 @@ def _transformation(
     eps: ArrayLike,
     initial_scale: ArrayLike,
     momentum: ArrayLike | None = None,
-    weight_decay: ArrayLike | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -403,18 +403,18 @@ def _transformation(
         learning_rate = _number("learning_rate", learning_rate, lower=-math.inf)
     decay, eps = _number("decay", decay, upper=1.0), _number("eps", eps)
     momentum = None if momentum is None else _number("momentum", momentum, upper=1.0)
-    weight_decay = None if weight_decay is None else _number("weight_decay", weight_decay)
+    if not (weight_decay is None or callable(weight_decay)):
+        weight_decay = _number("weight_decay", weight_decay)
     initial = {"nu": _number("initial_scale", initial_scale)}
     eps_may_be_zero = isinstance(eps, jax.Array) or bool(eps < jnp.finfo(jnp.float32).tiny)
     rule = dataclasses.replace(rule, eps_may_be_zero=eps_may_be_zero)
     needs_params = None if weight_decay is None else "weight_decay"
 
     def hyperparameters(count: jax.Array) -> _Scalars:
-        rate = learning_rate
-        if callable(rate):
-            rate = _number("learning_rate(count)", rate(count), lower=-math.inf)
+        rate = _value("learning_rate", learning_rate, count, lower=-math.inf)
+        shrinkage = _value("weight_decay", weight_decay, count)
         # 1 - ρ here, in the precision of a Python float: in float32, 1 - 0.999 is off by 1e-5.
-        return _Scalars(rate, decay, 1 - decay, eps, momentum, weight_decay)
+        return _Scalars(rate, decay, 1 - decay, eps, momentum, shrinkage)
 
     return _pytree.alike(
         (rule, *arguments),
@@ -422,6 +422,11 @@ def _transformation(
             rule, hyperparameters, RMSPropState, initial, state_dtype, needs_params, weight_decay_mask
         ),
     )
+
+
+def _value(name: str, number: Any, count: jax.Array, lower: float = 0.0) -> Any:
+    """A number, or the value of a schedule."""
+    return _number(f"{name}(count)", number(count), lower=lower) if callable(number) else number
 
 
 def _number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -> Any:

@@ -5,27 +5,31 @@ Paste the framework's call, leave out the parameters, and it works::
     torch.optim.RMSprop(params, lr=6e-4, alpha=0.99, eps=0.01)   # becomes
     dialects.pytorch(lr=6e-4, alpha=0.99, eps=0.01)
 
-The body of each function is a row of data that says which options of :func:`rmsprop_jax.rmsprop` the
-call stands for, and what stands in front of them and behind. `python -m rmsprop_jax --dialects` prints
-the rows side by side.
+The body of each function is a row of data: the options of :func:`rmsprop_jax.rmsprop` that the call stands
+for, and what happens to the gradients before. `python -m rmsprop_jax --dialects` prints the rows side by side.
 
-A learning rate may be a schedule everywhere. Arguments that cannot be honoured raise an error that says
-what to do instead. Arguments that only say how to compute, such as `foreach`, `use_locking` and `name`,
-are accepted and change nothing. What a framework switches off with 0 has the default `None` here, so that
-:func:`optax.inject_hyperparams`, which makes arrays of all numbers, does not switch it on; 0 is accepted,
-and off, too. `state_dtype` and `weight_decay_mask` are ours: they are those of :func:`rmsprop_jax.rmsprop`.
+The learning rate can be a number or a schedule. Every dialect also takes it as `learning_rate`, which is the
+name in most JAX code. Without either, it is the framework's default.
+
+Arguments that cannot be honoured raise an error with an alternative. Arguments that only say how to
+compute, such as `foreach`, `use_locking` and `name`, are accepted and change nothing. What a framework switches
+off with 0 is `None` by default; 0 switches it off as well. `state_dtype` and `weight_decay_mask` are those of
+:func:`rmsprop_jax.rmsprop`.
+
+Under :func:`optax.inject_hyperparams`, the hyperparameters are the numbers that were given; defaults stay constants.
 
 The frameworks compute a variance as E[g²] - E[g]². Where that cancels, they differ from us by their
-rounding errors. For complex parameters ν is our average of |g|²; for PyTorch's two independent halves, put
-:func:`optax.contrib.split_real_and_imaginary` around a dialect.
+rounding errors. For complex parameters ν is our average of |g|². PyTorch treats the real and the imaginary part
+as two parameters: put :func:`optax.contrib.split_real_and_imaginary` around a dialect.
 """
 
 # No `from __future__ import annotations`: see _rmsprop.py.
 
 import functools
 import inspect
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec
 
 import jax
@@ -34,7 +38,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from ._rmsprop import rmsprop
+from . import _pytree, _storage
+from ._rmsprop import _number, rmsprop
 
 
 Transformation = optax.GradientTransformationExtraArgs
@@ -42,30 +47,97 @@ _P = ParamSpec("_P")
 
 
 class Row(NamedTuple):
-    """What the call of a dialect stands for."""
+    """The meaning of a dialect's call."""
 
     options: dict[str, Any]  # the arguments of `rmsprop`
     before: tuple[optax.GradientTransformation, ...] = ()  # in front of it in the chain
-    after: tuple[optax.GradientTransformation, ...] = ()  # behind it
     accumulate: int | None = None  # number of gradients whose mean makes one update
-    equivalent: dict[str, Any] = {}  # noqa: RUF012 (never changed): options that `before` and `after` amount to
+
+    def but(self, **options: Any) -> "Row":
+        """The row of a relative, which differs in these options."""
+        return self._replace(options=_options(**self.options | options))
 
 
-def _dialect(row: Callable[_P, Row]) -> Callable[_P, Transformation]:
-    """Makes a function that returns a row a function that returns the transformation."""
+class _Entry(NamedTuple):
+    """A dialect's facts."""
 
-    @functools.wraps(row)
-    def make(*args: _P.args, **kwargs: _P.kwargs) -> Transformation:
-        return _transformation(row(*args, **kwargs))
+    row: Callable[..., Row]
+    signature: inspect.Signature
+    framework: str  # the class, function or paper whose rule it is
+    rate: float | None  # the framework's default learning rate
 
-    signature = inspect.signature(row).replace(return_annotation=Transformation)
-    setattr(make, "__signature__", signature)  # noqa: B010 (functions do not declare it)
-    return make
+
+_ENTRIES: dict[Callable[..., Any], _Entry] = {}
+
+
+class _Given(inspect.BoundArguments):
+    """The arguments of a call, without defaults: optax.inject_hyperparams then injects what was given, and no more."""
+
+    def apply_defaults(self) -> None:
+        """Leaves the defaults to the dialect."""
+
+
+class _Signature(inspect.Signature):
+    """A signature that says which arguments there are when a call does not fit it, also to optax.inject_hyperparams."""
+
+    dialect = "this dialect"
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        """As usual, but the error names the dialect and its arguments, and defaults are not applied."""
+        try:
+            return _Given(self, super().bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise TypeError(f"{error}: {self.dialect} takes {', '.join(self.parameters)}") from None
+
+
+def _dialect(framework: str, rate: float | None = None) -> Callable[[Callable[_P, Row]], Callable[_P, Transformation]]:
+    """Makes a function that returns a row a function that returns the transformation.
+
+    The row's function gets the learning rate in its first argument, whichever name the caller used for it.
+    """
+
+    def decorate(row: Callable[_P, Row]) -> Callable[_P, Transformation]:
+        @functools.wraps(row)
+        def make(*args: _P.args, **kwargs: _P.kwargs) -> Transformation:
+            arguments = _arguments(make, *args, **kwargs)
+            if arguments[own] is None:
+                raise ValueError(f"{row.__name__} needs {own}: {framework} has no default")
+            called = row(**arguments)  # pyright: ignore[reportCallIssue] (all can be given by name)
+            return _pytree.alike((row, *arguments.items()), lambda: _transformation(called))
+
+        signature = _Signature([*inspect.signature(row).parameters.values()], return_annotation=Transformation)
+        signature.dialect = row.__name__
+        own, *_ = signature.parameters
+        setattr(make, "__signature__", signature)  # noqa: B010 (functions do not declare it)
+        make.__annotations__ = row.__annotations__ | {"return": Transformation}
+        _ENTRIES[make] = _Entry(row, signature, framework, rate)
+        return make
+
+    return decorate
+
+
+def _arguments(dialect: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """All arguments of a call by name, the learning rate under the framework's name for it."""
+    entry = _ENTRIES[dialect]
+    given = entry.signature.bind(*args, **kwargs).arguments
+    own, *_ = entry.signature.parameters
+    rates = {name: given.pop(name, None) for name in dict.fromkeys((own, "learning_rate"))}
+    rates = {name: rate for name, rate in rates.items() if rate is not None}
+    if len(rates) > 1:
+        raise ValueError(f"{own} and learning_rate are two names of one argument: give one of them, got {rates}")
+    name, rate = next(iter(rates.items()), (own, entry.rate))
+    rate = rate if rate is None or callable(rate) else _number(name, rate, lower=-math.inf)
+    return {p.name: p.default for p in entry.signature.parameters.values()} | given | {own: rate}
+
+
+def _row_of(dialect: Callable[..., Any]) -> Callable[..., Row]:
+    """The function that makes a dialect's row."""
+    return _ENTRIES[dialect].row
 
 
 def _transformation(row: Row) -> Transformation:
     core = rmsprop(**row.options)
-    chain = optax.chain(*row.before, core, *row.after) if row.before or row.after else core
+    chain = optax.chain(*row.before, core) if row.before else core
     if row.accumulate is None:
         return optax.with_extra_args_support(chain)
     steps = optax.MultiSteps(chain, row.accumulate).gradient_transformation()
@@ -75,13 +147,13 @@ def _transformation(row: Row) -> Transformation:
 # --- Papers -----------------------------------------------------------------------------------------------
 
 
-@_dialect
+@_dialect("Hinton's lecture 6.5", rate=0.001)
 def hinton(
-    learning_rate: optax.ScalarOrSchedule = 0.001, decay: ArrayLike = 0.9, *, state_dtype: DTypeLike | None = None
+    learning_rate: optax.ScalarOrSchedule | None = None, decay: ArrayLike = 0.9, *, state_dtype: DTypeLike | None = None
 ) -> Row:
     """Hinton's slide: g / √E[g²], without any ε.
 
-    The slide gives no learning rate and no first value. 0.001 is the rate that is usually quoted; our
+    The slide gives no learning rate and no first value. The default rate, 0.001, is the one usually quoted; our
     average starts from zero. A gradient that has always been zero gives an update of zero.
 
     Example:
@@ -96,9 +168,9 @@ def hinton(
     return Row(_options(learning_rate=learning_rate, decay=decay, eps=0.0, state_dtype=state_dtype))
 
 
-@_dialect
+@_dialect("arXiv 1308.0850", rate=1e-4)
 def graves(
-    learning_rate: optax.ScalarOrSchedule = 1e-4,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     decay: ArrayLike = 0.95,
     momentum: ArrayLike = 0.9,
     eps: ArrayLike = 1e-4,
@@ -106,6 +178,8 @@ def graves(
     state_dtype: DTypeLike | None = None,
 ) -> Row:
     """Graves' RMSProp for handwriting: centered, with momentum, ε inside the root (equations 38 to 45).
+
+    The default rate is 1e-4.
 
     References:
         `Generating sequences with recurrent neural networks <https://arxiv.org/abs/1308.0850>`_, 2013.
@@ -122,9 +196,9 @@ def graves(
     )
 
 
-@_dialect
+@_dialect("NeuralQLearner.lua", rate=0.00025)
 def dqn(
-    learning_rate: optax.ScalarOrSchedule = 0.00025,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     gradient_momentum: ArrayLike | None = None,
     squared_gradient_momentum: ArrayLike = 0.95,
     min_squared_gradient: ArrayLike = 0.01,
@@ -136,7 +210,7 @@ def dqn(
     What the paper calls "gradient momentum" is the decay of the mean that centers, and
     `min_squared_gradient` is ε. There is no momentum buffer, as `DeepMind confirms
     <https://github.com/google-deepmind/dqn/issues/5>`_. Both decays must be equal, as they are in the
-    paper; `None` means that they are.
+    paper; `None` means that they are. The default rate is 0.00025.
 
     Example:
         Dopamine's DQN in TensorFlow is :func:`tensorflow1`, with another ε and an average that starts at 1:
@@ -158,37 +232,43 @@ def dqn(
     )
 
 
-@_dialect
+@_dialect("dreamerv3 embodied/jax/opt.py", rate=4e-5)
 def dreamer(
-    lr: optax.ScalarOrSchedule = 4e-5,
+    lr: optax.ScalarOrSchedule | None = None,
     agc: ArrayLike | None = 0.3,
     eps: ArrayLike = 1e-20,
-    beta1: ArrayLike = 0.9,
+    beta1: float | jax.Array = 0.9,
     beta2: ArrayLike = 0.999,
     momentum: bool = True,
     nesterov: bool = False,
-    wd: float | jax.Array | None = None,
+    wd: ArrayLike | None = None,
     wdregex: str = r"/kernel$",
     schedule: str = "const",
     warmup: float | jax.Array = 1000,
     anneal: float | jax.Array = 0,
     *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
     """DreamerV3's optimizer (LaProp): clip each tensor adaptively, divide by the root mean square, then average.
 
-    With all averages bias corrected, ε outside the root, and norms taken over whole tensors::
+    With both averages bias corrected, ε outside the root, and norms over whole tensors::
 
         g ← g / max(1, |g| / (agc · max(0.001, |p|)))
         u ← g / (√ν̂ + ε)
         p ← p - α (average of u, plus wd·p where wdregex matches)
 
-    :func:`optax.adaptive_grad_clip` clips by units, not by tensors, and gives other numbers. The learning
-    rate rises linearly over `warmup` updates, and is then constant, or falls until update `anneal`:
-    linearly to `0.1 * lr`, or along a cosine to `0.1 * lr**2`, as DreamerV3 has it. A schedule
-    for `lr` is multiplied by that shape. `wdregex` is searched in the path of a parameter, with "/" between
-    keys; `weight_decay_mask` takes its place. DreamerV3 never reads `momentum`.
+    :func:`optax.adaptive_grad_clip` clips by units, not by tensors, and gives other numbers. `update` needs
+    `params`, unless `agc` and `wd` are off.
+
+    The default rate is 4e-5. It rises linearly over `warmup` updates, and is then constant, or falls until update
+    `anneal`: linearly to `0.1 * lr`, or along a cosine to `0.1 * lr**2`, as in DreamerV3. A schedule for `lr` is
+    multiplied by that shape.
+
+    `wdregex` is searched in the path of a parameter, which has "/" between its keys, and in front of a key that
+    stands alone. The `value` in which Flax keeps an array is no part of it. `weight_decay_mask` takes its place.
+    DreamerV3 never reads `momentum`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -201,56 +281,61 @@ def dreamer(
     References:
         danijar/dreamerv3 e3f0224: embodied/jax/opt.py, and `_make_opt` in dreamerv3/agent.py.
     """
-    _refuse("momentum", momentum, True, "DreamerV3 takes it and never reads it: beta1=0 turns the average off")
+    _refuse("momentum", momentum, True, "DreamerV3 takes it and never reads it; beta1=0 turns the average off")
     if schedule not in ("const", "linear", "cosine"):
         raise ValueError(f"schedule={schedule!r}: allowed are 'const', 'linear' and 'cosine'")
+    if wd is None and weight_decay_mask is not None:
+        raise ValueError("weight_decay_mask needs wd, got wd=None")
+    agc, beta1, wd = _limit("agc", agc), _number("beta1", beta1), _off(wd)
+    warmup, anneal = _number("warmup", warmup), _number("anneal", anneal)
+    if not isinstance(beta1, jax.Array) and beta1 >= 1:
+        raise ValueError(f"beta1={beta1!r}: allowed is a number in [0, 1), because the average is bias corrected")
     if schedule == "const" and not _traced(anneal):
         _refuse("anneal", anneal, 0, "it needs schedule='linear' or 'cosine'")
     elif schedule != "const" and not (_traced(anneal) or _traced(warmup)) and not anneal > warmup:
         raise ValueError(f"anneal={anneal!r}: with schedule={schedule!r} it must be larger than warmup={warmup!r}")
 
-    def rate(count: Any) -> Any:
-        base: Any = lr(count) if callable(lr) else lr
-        step = jnp.asarray(count, jnp.float32)
-        if schedule == "const":
-            shape = 1.0
-        else:
-            past = jnp.clip((step - warmup) / jnp.asarray(anneal - warmup, jnp.float32), 0.0, 1.0)
-            final = 0.1 * jnp.asarray(base, jnp.float32)
-            shape = 1 - 0.9 * past if schedule == "linear" else final + (1 - final) * (1 + jnp.cos(jnp.pi * past)) / 2
-        return base * jnp.where(step < warmup, step / jnp.maximum(jnp.asarray(warmup, jnp.float32), 1.0), shape)
+    def rate(count: Any) -> jax.Array:
+        return _annealed(_at(lr, count), count, schedule, warmup, anneal) * correction(count)
 
-    def corrected(count: Any) -> jax.Array:
-        power = jnp.asarray(beta1, jnp.float32) ** (jnp.asarray(count, jnp.float32) + 1)
-        return (1 - jnp.asarray(beta1, jnp.float32)) / (1 - power)
+    def correction(count: Any) -> jax.Array:
+        """Makes a momentum buffer of βᵗ⁻ⁱ u a bias corrected average."""
+        beta = jnp.asarray(beta1, jnp.float32)
+        return (1 - beta) / (1 - beta ** (jnp.asarray(count, jnp.float32) + 1))
 
-    wd = _off(wd)
-    by_path = functools.partial(jax.tree.map_with_path, lambda path, _: bool(re.search(wdregex, _joined(path))))
-    decay = [] if wd is None else [optax.add_decayed_weights(wd, weight_decay_mask or by_path)]
-    # An average is a trace times 1 - β.
-    average = [optax.trace(beta1, nesterov, jnp.float32), optax.scale_by_schedule(corrected)]
+    def by_path(params: optax.Params) -> Any:
+        return jax.tree.map_with_path(lambda path, _: _matches(wdregex, path), params)
+
+    decaying: dict[str, Any] = {}
+    if wd is not None:
+        strength = _number("wd", wd)
+        # The decay is not averaged: divide by what corrects the average.
+        decaying["weight_decay"] = lambda count: strength / correction(count)
+        decaying["weight_decay_mask"] = by_path if weight_decay_mask is None else weight_decay_mask
     return Row(
         _options(
-            # A rate of -1 leaves u as it is.
-            learning_rate=-1.0,
+            learning_rate=rate,
             decay=beta2,
             eps=eps,
             eps_in_sqrt=False,
+            momentum=beta1,
+            nesterov=_flag("nesterov", nesterov) and _off(beta1) is not None,
             bias_correction=True,
+            lr_in_momentum=False,
+            decoupled=True,
             state_dtype=state_dtype,
+            **decaying,
         ),
-        before=() if _off(agc) is None else (_by_tensor(functools.partial(_adaptively_clipped, agc)),),
-        after=(*average, *decay, optax.scale_by_learning_rate(rate)),
-        equivalent={"momentum": beta1, "lr_in_momentum": False, "weight_decay": wd, "decoupled": True},
+        before=() if agc is None else (_before(_clip_adaptively, agc, params_for="agc"),),
     )
 
 
 # --- The PyTorch family -----------------------------------------------------------------------------------
 
 
-@_dialect
+@_dialect("torch.optim.RMSprop", rate=1e-2)
 def pytorch(
-    lr: optax.ScalarOrSchedule = 1e-2,
+    lr: optax.ScalarOrSchedule | None = None,
     alpha: ArrayLike = 0.99,
     eps: ArrayLike = 1e-8,
     weight_decay: ArrayLike | None = None,
@@ -261,13 +346,14 @@ def pytorch(
     maximize: bool = False,
     differentiable: bool = False,
     *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
     """`torch.optim.RMSprop`: ε outside the root, learning rate outside the buffer, coupled decay.
 
-    MindSpore's `mint` and `experimental.optim.RMSprop` follow the same rule. Groups of parameters become
-    :func:`optax.partition`, with one call for each group.
+    The default rate is 0.01. MindSpore's `mint` and `experimental.optim.RMSprop` follow the same rule. Groups of
+    parameters become :func:`optax.partition`, with one call for each group.
 
     Example:
         TorchBeast's IMPALA, and torchvision's MobileNetV3, whose ε is the root of TensorFlow's 1e-3:
@@ -288,16 +374,16 @@ def pytorch(
         >>> print(f"{updates['body'][0]:.3f} {updates['head'][0]:.3f}")
         -0.010 -0.100
 
-        An injected rate has PyTorch's name:
+        An injected rate keeps the name under which it was given:
 
-        >>> injected = optax.inject_hyperparams(pytorch)(lr=1e-3)
-        >>> print(f"{injected.init(params).hyperparams['lr']:.3f}")
-        0.001
+        >>> for rate in ({"lr": 1e-3}, {"learning_rate": 1e-3}):
+        ...     print(list(optax.inject_hyperparams(pytorch)(**rate).init(params).hyperparams))
+        ['lr']
+        ['learning_rate']
 
     References:
         torch/optim/rmsprop.py, 2.13.0. Versions 2.14 and 2.15 changed its types and its docstring only.
     """
-    del capturable, foreach, differentiable
     return Row(
         _options(
             learning_rate=lr,
@@ -309,16 +395,17 @@ def pytorch(
             lr_in_momentum=False,
             weight_decay=weight_decay,
             weight_decay_mask=weight_decay_mask,
+            decoupled=False,
             state_dtype=state_dtype,
         ),
         # In front of the decay, which shrinks the parameter either way.
-        before=(optax.scale(-1.0),) if _flag("maximize", maximize) else (),
+        before=(_before(_scale, -1.0),) if _flag("maximize", maximize) else (),
     )
 
 
-@_dialect
+@_dialect("timm.optim.RMSpropTF", rate=1e-2)
 def timm(
-    lr: optax.ScalarOrSchedule = 1e-2,
+    lr: optax.ScalarOrSchedule | None = None,
     alpha: ArrayLike = 0.9,
     eps: ArrayLike = 1e-10,
     weight_decay: ArrayLike | None = None,
@@ -330,17 +417,19 @@ def timm(
     caution: bool = False,
     foreach: bool | None = None,
     *,
-    max_lr: float | None = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    max_lr: ArrayLike | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
     """timm's `RMSpropTF`: TensorFlow 1's rule under PyTorch's names, with an average that starts at 1.
 
-    The factory's `rmsproptf` is this one; its `rmsprop` is PyTorch's with alpha=0.9. The factory decays no
-    parameter of one dimension: `weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)`.
+    The default rate is 0.01. The factory's `rmsproptf` is this one; its `rmsprop` is PyTorch's with alpha=0.9. The
+    factory decays no parameter of one dimension:
+    `weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)`.
 
     `corrected_weight_decay` shrinks by λα²/α_max, where α_max is the rate that timm's constructor got. It
-    acts only with `decoupled_decay`, and with a schedule it needs `max_lr`, which is ours.
+    acts only with `decoupled_decay`. With a schedule it needs `max_lr`, an argument that timm does not have.
 
     Example:
         EfficientNet-B2 as in timm's training_hparam_examples.md, for 256 images a step:
@@ -351,16 +440,15 @@ def timm(
     References:
         timm/optim/rmsprop_tf.py, 1.0.31.
     """
-    del foreach
     _refuse("caution", caution, False, "its mask compares the gradient with the buffer, which no chain can do")
-    decoupled = _flag("decoupled_decay", decoupled_decay)
-    corrected: tuple[optax.GradientTransformation, ...] = ()
+    decoupled, decay = _flag("decoupled_decay", decoupled_decay), weight_decay
     if _flag("corrected_weight_decay", corrected_weight_decay):
-        largest = lr if max_lr is None else max_lr
-        if callable(largest) or _traced(largest):
+        largest = lr if max_lr is None else _positive("max_lr", max_lr)
+        if callable(largest) or (max_lr is None and _traced(largest)):
             raise ValueError("corrected_weight_decay=True needs max_lr, the rate that timm's constructor got")
         if decoupled and _off(weight_decay) is not None:
-            corrected = (_corrected_decay(lr, largest, weight_decay, weight_decay_mask),)
+            strength = _number("weight_decay", weight_decay)
+            decay = lambda count: strength * _at(lr, count) / largest  # noqa: E731
     elif max_lr is not None:
         raise ValueError(f"max_lr={max_lr!r} needs corrected_weight_decay=True")
     return Row(
@@ -372,55 +460,89 @@ def timm(
             centered=centered,
             momentum=momentum,
             lr_in_momentum=lr_in_momentum,
-            weight_decay=None if corrected else weight_decay,
+            weight_decay=decay,
             weight_decay_mask=weight_decay_mask,
             decoupled=decoupled,
             state_dtype=state_dtype,
-        ),
-        after=corrected,
-        equivalent={"weight_decay": weight_decay} if corrected else {},
+        )
     )
 
 
-@_dialect
+@_dialect("stable_baselines3.common.sb2_compat.rmsprop_tf_like.RMSpropTFLike", rate=1e-2)
 def stable_baselines3(
-    lr: optax.ScalarOrSchedule = 1e-2,
+    lr: optax.ScalarOrSchedule | None = None,
     alpha: ArrayLike = 0.99,
     eps: ArrayLike = 1e-8,
     weight_decay: ArrayLike | None = None,
     momentum: ArrayLike | None = None,
     centered: bool = False,
     *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
-    """Stable Baselines 3's `RMSpropTFLike`: average from 1, ε inside the root, but PyTorch's buffer.
+    """Stable Baselines 3's `RMSpropTFLike`: :func:`pytorch` with ε inside the root and an average that starts at 1.
 
-    A2C uses it only with `policy_kwargs=dict(optimizer_class=RMSpropTFLike)`. By default A2C is
-    :func:`pytorch` with alpha=0.99 and eps=1e-5.
+    A2C uses it only with `policy_kwargs=dict(optimizer_class=RMSpropTFLike)`. By default A2C uses
+    `torch.optim.RMSprop`, which is :func:`pytorch`, with alpha=0.99 and eps=1e-5. The default rate is 0.01.
 
     References:
         stable_baselines3/common/sb2_compat/rmsprop_tf_like.py, 2.9.2.
     """
-    return Row(
-        _options(
-            learning_rate=lr,
-            decay=alpha,
-            eps=eps,
-            initial_scale=1.0,
-            centered=centered,
-            momentum=momentum,
-            lr_in_momentum=False,
-            weight_decay=weight_decay,
-            weight_decay_mask=weight_decay_mask,
-            state_dtype=state_dtype,
-        )
+    row = _row_of(pytorch)(
+        lr,
+        alpha,
+        eps,
+        weight_decay,
+        momentum,
+        centered,
+        weight_decay_mask=weight_decay_mask,
+        state_dtype=state_dtype,
     )
+    return row.but(initial_scale=1.0, eps_in_sqrt=True)
 
 
-@_dialect
+@_dialect("pfrl.optimizers.RMSpropEpsInsideSqrt", rate=1e-2)
+def pfrl(
+    lr: optax.ScalarOrSchedule | None = None,
+    alpha: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    weight_decay: ArrayLike | None = None,
+    momentum: ArrayLike | None = None,
+    centered: bool = False,
+    capturable: bool = False,
+    foreach: bool | None = None,
+    maximize: bool = False,
+    differentiable: bool = False,
+    *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Any = None,
+    state_dtype: DTypeLike | None = None,
+) -> Row:
+    """PFRL's `RMSpropEpsInsideSqrt`, and the one that A3C shares: :func:`pytorch` with ε inside the root.
+
+    The default rate is 0.01.
+
+    References:
+        pfrl/optimizers/rmsprop_eps_inside_sqrt.py, 0.4.0.
+    """
+    _refuse("maximize", maximize, False, "PFRL takes it and never reads it; pytorch(maximize=True) has it")
+    row = _row_of(pytorch)(
+        lr,
+        alpha,
+        eps,
+        weight_decay,
+        momentum,
+        centered,
+        weight_decay_mask=weight_decay_mask,
+        state_dtype=state_dtype,
+    )
+    return row.but(eps_in_sqrt=True)
+
+
+@_dialect("bitsandbytes.optim.RMSprop", rate=1e-2)
 def bitsandbytes(
-    lr: optax.ScalarOrSchedule = 1e-2,
+    lr: optax.ScalarOrSchedule | None = None,
     alpha: ArrayLike = 0.99,
     eps: ArrayLike = 1e-8,
     weight_decay: ArrayLike | None = None,
@@ -430,17 +552,19 @@ def bitsandbytes(
     args: Any = None,
     min_8bit_size: int | None = None,
     *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
-    """`bitsandbytes.optim.RMSprop` with 32 bits: PyTorch's rule without momentum and centering.
+    """`bitsandbytes.optim.RMSprop` with 32 bits: :func:`pytorch` without momentum and centering.
+
+    The default rate is 0.01.
 
     References:
         bitsandbytes/optim/rmsprop.py, 0.50.2.
     """
-    del min_8bit_size
     _refuse("momentum", momentum, 0, "bitsandbytes takes it and no kernel reads it; pytorch(momentum=...) has it")
-    _refuse("centered", centered, False, "bitsandbytes refuses it, too; pytorch(centered=True) has it")
+    _refuse("centered", centered, False, "bitsandbytes refuses it as well; pytorch(centered=True) has it")
     _refuse(
         "optim_bits",
         optim_bits,
@@ -448,25 +572,15 @@ def bitsandbytes(
         "its 8 bits are blocks with codebooks of their own; state_dtype=jnp.uint8 is another way to keep one byte",
     )
     _refuse("args", args, None, "chain with the transformation that you need")
-    return Row(
-        _options(
-            learning_rate=lr,
-            decay=alpha,
-            eps=eps,
-            eps_in_sqrt=False,
-            weight_decay=weight_decay,
-            weight_decay_mask=weight_decay_mask,
-            state_dtype=state_dtype,
-        )
-    )
+    return _row_of(pytorch)(lr, alpha, eps, weight_decay, weight_decay_mask=weight_decay_mask, state_dtype=state_dtype)
 
 
 # --- The TensorFlow family --------------------------------------------------------------------------------
 
 
-@_dialect
+@_dialect("keras.optimizers.RMSprop", rate=0.001)
 def keras(
-    learning_rate: optax.ScalarOrSchedule = 0.001,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     rho: ArrayLike = 0.9,
     momentum: ArrayLike | None = None,
     epsilon: ArrayLike = 1e-7,
@@ -487,10 +601,11 @@ def keras(
 ) -> Row:
     """Keras 3, and tf.keras from TensorFlow 2.11 on: ε inside the root, average from 0, decoupled decay.
 
-    At most one of `clipnorm` (each variable), `global_clipnorm` (all together) and `clipvalue` may be set.
-    `loss_scale_factor` divides the gradients. With `gradient_accumulation_steps=k` the mean of k gradients is
-    clipped and makes one update; a schedule then sees the count of gradients, as it does in Keras.
-    What Keras leaves out with `exclude_from_weight_decay` is False in `weight_decay_mask`.
+    The default rate is 0.001. At most one of `clipnorm` (each variable), `global_clipnorm` (all together) and
+    `clipvalue` may be set; 0 and less switch them off. `loss_scale_factor` divides the gradients. With
+    `gradient_accumulation_steps=k` the mean of k gradients is clipped and makes one update; a schedule then sees
+    the count of gradients, as it does in Keras. For what Keras leaves out with `exclude_from_weight_decay`, set
+    False in `weight_decay_mask`.
 
     Example:
         >>> tx = keras(1e-3, momentum=0.9, global_clipnorm=1.0)
@@ -498,7 +613,6 @@ def keras(
     References:
         keras/src/optimizers/rmsprop.py and base_optimizer.py, 3.15.1.
     """
-    del ema_momentum, name
     _refuse("use_ema", use_ema, False, "average the parameters yourself, with optax.incremental_update")
     _refuse("ema_overwrite_frequency", ema_overwrite_frequency, None, "overwrite the parameters in your own loop")
     clips = {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm}
@@ -520,14 +634,17 @@ def keras(
             decoupled=True,
             state_dtype=state_dtype,
         ),
-        before=(*_unscaled("loss_scale_factor", loss_scale_factor), *_clips(**{n: _off(c) for n, c in clips.items()})),
+        before=(
+            *_unscaled("loss_scale_factor", loss_scale_factor),
+            *_clips(**{name: _limit(name, clip, lower=-math.inf) for name, clip in clips.items()}),
+        ),
         accumulate=k,
     )
 
 
-@_dialect
+@_dialect("tf.keras.optimizers.legacy.RMSprop", rate=0.001)
 def tf_keras(
-    learning_rate: optax.ScalarOrSchedule = 0.001,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     rho: ArrayLike = 0.9,
     momentum: ArrayLike | None = None,
     epsilon: ArrayLike = 1e-7,
@@ -540,39 +657,33 @@ def tf_keras(
     global_clipnorm: ArrayLike | None = None,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
-    """The legacy tf.keras (TensorFlow 2.0 to 2.10, `tf.keras.optimizers.legacy`), whose ε moves.
+    """The legacy tf.keras (TensorFlow 2.0 to 2.10, `tf.keras.optimizers.legacy`): :func:`keras` with an ε that moves.
 
     With momentum it calls TensorFlow's kernel, which has ε inside the root. Without, it runs Python code
     that has ε outside. A traced momentum counts as momentum, as a tensor does there. `epsilon=0` silently
-    becomes 1e-7 there, and does here. `decay` divides the learning rate by 1 + decay · count.
+    becomes 1e-7 there, and does here. `decay` divides the learning rate, 0.001 by default, by 1 + decay · count. A
+    clip of 0 makes gradients 0; a negative one is an error.
 
     References:
         tf_keras/src/optimizers/legacy/rmsprop.py and optimizer_v2.py, 2.21.0.
     """
-    del name
     if clipnorm is not None and global_clipnorm is not None:
         raise ValueError(f"only one of {clipnorm=} and {global_clipnorm=} can be set")
-    decay = _off(decay)
+    clips = {"clipvalue": clipvalue, "clipnorm": clipnorm, "global_clipnorm": global_clipnorm}
+    clips = {name: None if clip is None else _number(name, clip) for name, clip in clips.items()}
+    slowing = None if _off(decay) is None else _number("decay", decay)
 
-    def decayed(count: Any) -> Any:
-        rate: Any = learning_rate(count) if callable(learning_rate) else learning_rate
-        return rate / (1 + jnp.asarray(decay, jnp.float32) * jnp.asarray(count, jnp.float32))
+    def decayed(count: Any) -> jax.Array:
+        return _at(learning_rate, count) / (1 + jnp.asarray(slowing, jnp.float32) * jnp.asarray(count, jnp.float32))
 
-    return Row(
-        _options(
-            learning_rate=learning_rate if decay is None else decayed,
-            decay=rho,
-            eps=1e-7 if _off(epsilon) is None else epsilon,
-            eps_in_sqrt=_off(momentum) is not None,
-            centered=centered,
-            momentum=momentum,
-            state_dtype=state_dtype,
-        ),
-        before=_clips(clipvalue=clipvalue, clipnorm=clipnorm, global_clipnorm=global_clipnorm),
-    )
+    epsilon = 1e-7 if _off(epsilon) is None else epsilon
+    row = _row_of(keras)(learning_rate, rho, momentum, epsilon, centered, state_dtype=state_dtype)
+    return row.but(
+        learning_rate=learning_rate if slowing is None else decayed, eps_in_sqrt=_off(momentum) is not None
+    )._replace(before=_clips(**clips))
 
 
-@_dialect
+@_dialect("tf.compat.v1.train.RMSPropOptimizer")
 def tensorflow1(
     learning_rate: optax.ScalarOrSchedule,
     decay: ArrayLike = 0.9,
@@ -587,8 +698,8 @@ def tensorflow1(
     """`tf.compat.v1.train.RMSPropOptimizer`: average from 1, ε inside the root, learning rate in the buffer.
 
     Google's and DeepMind's papers on vision and reinforcement learning used it. Their weight decay is part
-    of the loss: use `weight_decay` of :func:`rmsprop_jax.rmsprop`. This is the dense kernel. The sparse one
-    leaves rows alone that a batch does not touch.
+    of the loss: use `weight_decay` of :func:`rmsprop_jax.rmsprop`, with `decoupled=False`. This is the dense kernel.
+    The sparse one leaves rows alone that a batch does not touch.
 
     Example:
         >>> efficientnet = tensorflow1(0.016, momentum=0.9, epsilon=1e-3)  # and MnasNet; per 256 images
@@ -599,12 +710,11 @@ def tensorflow1(
 
         A3C's shared RMSProp starts from 0 (ε is from muupan/async-rl, which asked the authors):
 
-        >>> a3c = rmsprop(7e-4, decay=0.99, eps=0.1)
+        >>> a3c = pfrl(7e-4, alpha=0.99, eps=0.1)
 
     References:
         tensorflow/python/training/rmsprop.py and tensorflow/core/kernels/training_ops.cc, 2.21.
     """
-    del use_locking, name
     return Row(
         _options(
             learning_rate=learning_rate,
@@ -618,7 +728,7 @@ def tensorflow1(
     )
 
 
-@_dialect
+@_dialect("sonnet.optimizers.RMSProp")
 def sonnet(
     learning_rate: optax.ScalarOrSchedule,
     decay: ArrayLike = 0.9,
@@ -629,28 +739,52 @@ def sonnet(
     *,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
-    """Sonnet 2's `snt.optimizers.RMSProp`: TensorFlow 1's defaults, but the average starts from 0.
+    """Sonnet 2's `snt.optimizers.RMSProp`: :func:`tensorflow1` with an average that starts from 0.
 
     References:
         sonnet/src/optimizers/rmsprop.py, 2.0.2.
     """
-    del name
-    return Row(
-        _options(
-            learning_rate=learning_rate,
-            decay=decay,
-            eps=epsilon,
-            centered=centered,
-            momentum=momentum,
-            state_dtype=state_dtype,
-        )
+    row = _row_of(tensorflow1)(learning_rate, decay, momentum, epsilon, centered=centered, state_dtype=state_dtype)
+    return row.but(initial_scale=0.0)
+
+
+@_dialect("tf.train.rmsprop of @tensorflow/tfjs")
+def tensorflowjs(
+    learningRate: optax.ScalarOrSchedule | None = None,
+    decay: ArrayLike = 0.9,
+    momentum: ArrayLike | None = None,
+    epsilon: ArrayLike | None = None,
+    centered: bool = False,
+    *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    state_dtype: DTypeLike | None = None,
+) -> Row:
+    """TensorFlow.js' `tf.train.rmsprop`: :func:`keras` without its other options.
+
+    `epsilon=None` is 1e-7, as in TensorFlow.js where it computes in float32. There is no default rate.
+
+    Example:
+        With what `optimizer.getConfig()` returns:
+
+        >>> tx = tensorflowjs(
+        ...     **{"learningRate": 0.01, "decay": 0.9, "momentum": 0, "epsilon": 1e-7, "centered": False}
+        ... )
+
+    References:
+        tfjs-core/src/optimizers/rmsprop_optimizer.ts, 4.22.0.
+    """
+    remedy = (
+        "TensorFlow.js subtracts epsilon under the root, √(v - (m² + ε)), which is NaN for a nearly constant gradient"
     )
+    _refuse("centered", centered, False, f"{remedy}; keras(centered=True) adds it")
+    epsilon = 1e-7 if epsilon is None else epsilon
+    return _row_of(keras)(learningRate, decay, momentum, epsilon, state_dtype=state_dtype)
 
 
 # --- Others -----------------------------------------------------------------------------------------------
 
 
-@_dialect
+@_dialect("paddle.optimizer.RMSProp")
 def paddle(
     learning_rate: optax.ScalarOrSchedule,
     rho: ArrayLike = 0.95,
@@ -665,33 +799,22 @@ def paddle(
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
-    """`paddle.optimizer.RMSProp`: ε inside the root, average from 0, coupled decay.
+    """`paddle.optimizer.RMSProp`: :func:`sonnet` with a coupled decay.
 
     Its documentation speaks of Nesterov momentum. Its code has plain momentum, and so has this.
 
     References:
         python/paddle/optimizer/rmsprop.py and rmsprop_kernel_impl.h, 3.3.1.
     """
-    del name
     _refuse("parameters", parameters, None, "pass the parameters to init and update")
     _refuse("grad_clip", grad_clip, None, "chain with optax.clip or optax.clip_by_global_norm in front")
-    return Row(
-        _options(
-            learning_rate=learning_rate,
-            decay=rho,
-            eps=epsilon,
-            centered=centered,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            weight_decay_mask=weight_decay_mask,
-            state_dtype=state_dtype,
-        )
-    )
+    row = _row_of(sonnet)(learning_rate, rho, momentum, epsilon, centered, state_dtype=state_dtype)
+    return row.but(weight_decay=weight_decay, weight_decay_mask=weight_decay_mask, decoupled=False)
 
 
-@_dialect
+@_dialect("mindspore.nn.RMSProp", rate=0.1)
 def mindspore(
-    learning_rate: optax.ScalarOrSchedule = 0.1,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     decay: ArrayLike = 0.9,
     momentum: ArrayLike | None = None,
     epsilon: ArrayLike = 1e-10,
@@ -703,34 +826,22 @@ def mindspore(
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
-    """MindSpore's `nn.RMSProp`: TensorFlow 1's rule, with coupled decay. `loss_scale` divides the gradients.
+    """MindSpore's `nn.RMSProp`: :func:`tensorflow1` with a coupled decay. `loss_scale` divides the gradients.
 
-    This is what its documentation and most of its kernels compute. The vectorized part of its CPU kernel
-    for tensors of eight and more elements (2.10.0, not centered) has ε outside the root. For a run made
+    The default rate is 0.1. Its documentation and most of its kernels compute this. The vectorized part of its CPU
+    kernel for tensors of eight and more elements (2.10.0, not centered) has ε outside the root. For a run made
     there, use `rmsprop(..., initial_scale=1.0, eps_in_sqrt=False)`. Its `experimental.optim.RMSprop` is
     :func:`pytorch`.
 
     References:
         mindspore/nn/optim/rmsprop.py and optimizer.py, 2.10.0.
     """
-    del use_locking
-    return Row(
-        _options(
-            learning_rate=learning_rate,
-            decay=decay,
-            eps=epsilon,
-            initial_scale=1.0,
-            centered=centered,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            weight_decay_mask=weight_decay_mask,
-            state_dtype=state_dtype,
-        ),
-        before=_unscaled("loss_scale", loss_scale),
-    )
+    row = _row_of(tensorflow1)(learning_rate, decay, momentum, epsilon, centered=centered, state_dtype=state_dtype)
+    row = row.but(weight_decay=weight_decay, weight_decay_mask=weight_decay_mask, decoupled=False)
+    return row._replace(before=_unscaled("loss_scale", loss_scale))
 
 
-@_dialect
+@_dialect("mlx.optimizers.RMSprop")
 def mlx(
     learning_rate: optax.ScalarOrSchedule,
     alpha: ArrayLike = 0.99,
@@ -738,65 +849,59 @@ def mlx(
     *,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
-    """Apple's `mlx.optimizers.RMSprop`: PyTorch's rule without momentum, centering and decay.
+    """Apple's `mlx.optimizers.RMSprop`: :func:`pytorch` without momentum, centering and decay.
 
     References:
         python/mlx/optimizers/optimizers.py, 0.32.4.
     """
-    return Row(_options(learning_rate=learning_rate, decay=alpha, eps=eps, eps_in_sqrt=False, state_dtype=state_dtype))
+    return _row_of(pytorch)(learning_rate, alpha, eps, state_dtype=state_dtype)
 
 
-@_dialect
+@_dialect("Optimisers.RMSProp", rate=0.001)
 def optimisers_jl(
-    eta: optax.ScalarOrSchedule = 0.001,
+    eta: optax.ScalarOrSchedule | None = None,
     rho: ArrayLike = 0.9,
     epsilon: ArrayLike = 1e-8,
     centred: bool = False,
     *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     state_dtype: DTypeLike | None = None,
 ) -> Row:
-    """`RMSProp(η, ρ, ϵ; centred)` of Optimisers.jl (Flux): ε outside the root, average from 0.
+    """`RMSProp(η, ρ, ϵ; centred)` of Optimisers.jl (Flux): :func:`pytorch` without momentum and decay.
 
-    Its documentation calls ρ momentum; it is the decay. Momentum is another rule in its chain there, with
-    the learning rate in the buffer: `rmsprop(..., eps_in_sqrt=False, momentum=...)`.
+    The default rate is 0.001. Its documentation calls ρ momentum; it is the decay. Momentum is another rule in its
+    chain, with the learning rate in the buffer: `rmsprop(..., eps_in_sqrt=False, momentum=...)`.
 
     References:
         Optimisers.jl, src/rules.jl.
     """
-    return Row(
-        _options(
-            learning_rate=eta,
-            decay=rho,
-            eps=epsilon,
-            eps_in_sqrt=False,
-            centered=centred,
-            state_dtype=state_dtype,
-        )
-    )
+    return _row_of(pytorch)(eta, rho, epsilon, centered=centred, state_dtype=state_dtype)
 
 
 # --- The table --------------------------------------------------------------------------------------------
 
 
-DIALECTS = (
-    *(hinton, graves, dqn, dreamer),
-    *(pytorch, timm, stable_baselines3, bitsandbytes),
-    *(keras, tf_keras, tensorflow1, sonnet),
-    *(paddle, mindspore, mlx, optimisers_jl),
-)
+DIALECTS = tuple(_ENTRIES)
 
 
 def options(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
-    """What the call of a dialect stands for: every argument of `rmsprop`, by name.
+    """The options of :func:`rmsprop_jax.rmsprop` that a dialect's call stands for, all of them, by name.
 
-    Of what stands in front of the rule or behind it (clipping, a flipped sign, DreamerV3's average), it says
-    nothing.
+    They do not include what happens to the gradients before: clipping, scaling, a flipped sign, accumulation. The
+    learning rate is `None` where the framework has no default.
 
     Example:
         >>> options(pytorch, momentum=0.9)["lr_in_momentum"]
         False
+
+        The same rule with a rate of your own:
+
+        >>> tx = rmsprop(**options(pytorch, momentum=0.9) | {"learning_rate": 3e-4})
     """
-    bound = inspect.signature(rmsprop).bind(**_row(dialect, arguments).options)
+    own, *_ = _ENTRIES[dialect].signature.parameters
+    no_rate = {} if {own, "learning_rate"} & arguments.keys() else {own: None}  # where it is required
+    row = _row_of(dialect)(**_arguments(dialect, **arguments | no_rate))
+    bound = inspect.signature(rmsprop).bind(**row.options)
     bound.apply_defaults()
     return bound.arguments
 
@@ -806,12 +911,12 @@ def table() -> list[dict[str, str]]:
 
     def probe(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any] | None:
         try:
-            return options(dialect, **arguments) | _row(dialect, arguments).equivalent
+            return options(dialect, **arguments)
         except (TypeError, ValueError):  # no such argument, or refused
             return None
 
     rows = []
-    for dialect in DIALECTS:
+    for dialect, entry in _ENTRIES.items():
         plain, decaying = probe(dialect) or {}, probe(dialect, weight_decay=0.1) or probe(dialect, wd=0.1)
         moving = plain if plain["momentum"] is not None else probe(dialect, momentum=0.9)
         centering = probe(dialect, centered=True) or probe(dialect, centred=True)
@@ -822,11 +927,10 @@ def table() -> list[dict[str, str]]:
         decay = "" if decaying is None else "decoupled" if decaying["decoupled"] else "coupled"
         if probe(dialect, weight_decay=0.1, decoupled_decay=True):
             decay += " or decoupled"
-        learning_rate, *_ = inspect.signature(dialect).parameters.values()
         rows.append(
             {
                 "dialect": dialect.__name__,
-                "lr": "" if learning_rate.default is learning_rate.empty else f"{learning_rate.default:g}",
+                "lr": "" if entry.rate is None else f"{entry.rate:g}",
                 "decay": f"{plain['decay']:g}",
                 "eps": f"{plain['eps']:g}",
                 "eps vs root": eps,
@@ -835,19 +939,46 @@ def table() -> list[dict[str, str]]:
                 "momentum": "" if moving is None else f"{plain['momentum'] or 0:g}",
                 "lr vs buffer": "" if moving is None else root[moving["lr_in_momentum"]],
                 "weight decay": decay,
+                "class or paper": entry.framework,
             }
         )
     return rows
 
 
-def _row(dialect: Callable[..., Any], arguments: dict[str, Any]) -> Row:
-    learning_rate, *_ = inspect.signature(dialect).parameters.values()
-    if learning_rate.default is learning_rate.empty:
-        arguments = {learning_rate.name: None} | arguments
-    return inspect.unwrap(dialect)(**arguments)
-
-
 # --- Arguments --------------------------------------------------------------------------------------------
+
+
+def _options(**options: Any) -> dict[str, Any]:
+    """Arguments of `rmsprop` as it takes them, from a framework's: a momentum or a decay of 0 is off."""
+    options = {name: _plain(value) for name, value in options.items()}
+    if options.get("weight_decay") is not None and _off(options["weight_decay"]) is None:
+        options["weight_decay_mask"] = None
+    return options | {name: _off(options.get(name)) for name in ("momentum", "weight_decay")}
+
+
+def _at(value: Any, count: Any) -> jax.Array:
+    """A number, or the value of a schedule."""
+    return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+
+
+def _annealed(rate: jax.Array, count: Any, schedule: str, warmup: Any, anneal: Any) -> jax.Array:
+    """DreamerV3's learning rate."""
+    step, warmup = jnp.asarray(count, jnp.float32), jnp.asarray(warmup, jnp.float32)
+    if schedule == "const":
+        shape = 1.0
+    else:
+        past = jnp.clip((step - warmup) / (jnp.asarray(anneal, jnp.float32) - warmup), 0.0, 1.0)
+        final = 0.1 * rate
+        shape = 1 - 0.9 * past if schedule == "linear" else final + (1 - final) * (1 + jnp.cos(jnp.pi * past)) / 2
+    return rate * jnp.where(step < warmup, step / jnp.maximum(warmup, 1.0), shape)
+
+
+def _matches(regex: str, path: Any) -> bool:
+    """Whether the regex finds something in the path of a parameter, without the `value` of Flax's variables."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    joined = jax.tree_util.keystr(path, simple=True, separator="/")
+    return any(re.search(regex, text) for text in ((joined,) if len(path) > 1 else (joined, f"/{joined}")))
 
 
 def _traced(value: Any) -> bool:
@@ -857,18 +988,41 @@ def _traced(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """NumPy's scalars and 0-d arrays as Python's."""
-    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.size == 1 else value
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.shape == () else value
+
+
+def _is(value: Any, number: Any) -> bool:
+    """Whether a value that is not traced is this number."""
+    value = _plain(value)
+    return not isinstance(value, np.ndarray) and bool(value == _plain(number))
 
 
 def _off(value: Any) -> Any:
     """None for None and for a number that is 0, which switches an option off."""
-    return None if value is None or (not _traced(value) and _plain(value) == 0) else value
+    return None if value is None or (not _traced(value) and _is(value, 0)) else value
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(_plain(value), bool):
         raise TypeError(f"{name}={value!r} has type {type(value).__name__}: allowed are True and False")
     return _plain(value)
+
+
+def _positive(name: str, value: Any) -> Any:
+    value = _number(name, value, lower=-math.inf)
+    if not _traced(value) and value <= 0:
+        raise ValueError(f"{name}={value!r}: allowed is a number above 0")
+    return value
+
+
+def _limit(name: str, value: Any, lower: float = 0.0) -> Any:
+    """The limit of a clip, or None where a limit of 0 or less switches it off. Traced, it is then infinite."""
+    if value is None:
+        return None
+    value = _number(name, value, lower=lower)
+    if _traced(value):
+        return jnp.where(value > 0, value, jnp.inf)
+    return value if value > 0 else None
 
 
 def _steps(name: str, value: Any) -> int | None:
@@ -890,70 +1044,105 @@ def _refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:
             f"{name} is a JAX array, and not available here: {remedy}. "
             "optax.inject_hyperparams makes arrays of all numbers: add it to static_args"
         )
-    if _plain(value) != _plain(neutral):
+    if not _is(value, neutral):
         raise ValueError(f"{name}={value!r} is not available here: {remedy}")
 
 
-def _options(**options: Any) -> dict[str, Any]:
-    """Arguments of `rmsprop` as it takes them, from a framework's: a momentum or a decay of 0 is off."""
-    options = {"decoupled": False} | {name: _plain(value) for name, value in options.items()}
-    for name in ("momentum", "weight_decay"):
-        options[name] = _off(options.get(name))
-    if options["weight_decay"] is None:
-        options["weight_decay_mask"] = None
-    return options
+# --- In front of the rule: clips and scales ---------------------------------------------------------------
 
 
 def _unscaled(name: str, factor: Any) -> tuple[optax.GradientTransformation, ...]:
-    if factor is None:
-        return ()
-    if not _traced(factor) and not factor > 0:
-        raise ValueError(f"{name}={factor!r}: allowed is a number above 0")
-    return (optax.scale(1 / factor),)
+    return () if factor is None else (_before(_scale, 1 / _positive(name, factor)),)
 
 
 def _clips(
     clipvalue: Any = None, clipnorm: Any = None, global_clipnorm: Any = None
 ) -> tuple[optax.GradientTransformation, ...]:
-    """In the order of Keras, which has all three."""
-    clips = [] if clipvalue is None else [optax.clip(clipvalue)]
-    if clipnorm is not None:
-        clips.append(_by_tensor(lambda g, _: g * (clipnorm / jnp.maximum(_norm(g), clipnorm)).astype(g.dtype)))
-    if global_clipnorm is not None:
-        clips.append(optax.clip_by_global_norm(global_clipnorm))
-    return tuple(clips)
+    """In the order of tf.keras, which may have two of them."""
+    clips = {_clip_values: clipvalue, _clip_each: clipnorm, _clip_together: global_clipnorm}
+    return tuple(_before(change, limit) for change, limit in clips.items() if limit is not None)
 
 
-def _by_tensor(f: Callable[..., jax.Array]) -> optax.GradientTransformation:
-    """A stateless transformation of each gradient by f(gradient, parameter); those that are None stay None."""
-
-    def clip(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        def leaf(g: Any, p: Any) -> Any:
-            return None if g is None else f(g, p)
-
-        return jax.tree.map(leaf, updates, updates if params is None else params, is_leaf=lambda x: x is None)
-
-    return optax.stateless(clip)
+_Change = Callable[[Any, list[jax.Array], list[Any]], list[jax.Array]]
 
 
-def _adaptively_clipped(agc: Any, g: jax.Array, p: jax.Array) -> jax.Array:
-    upper = agc * jnp.maximum(1e-3, _norm(p))
-    return g * (1 / jnp.maximum(1.0, _norm(g) / upper)).astype(g.dtype)
+def _before(change: _Change, number: Any, params_for: str | None = None) -> optax.GradientTransformation:
+    """A stateless transformation: `change` gets the number, the gradients that train, and parameters if needed.
+
+    None and integers pass as they are; float0 becomes None, as in the rule.
+    """
+
+    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        updates = _pytree._without_float0(updates)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+        live = [
+            i
+            for i, leaf in enumerate(leaves)
+            if leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        ]
+        theirs = None
+        if params_for is not None and live:
+            if params is None:
+                raise ValueError(f"{params_for} needs params: call update(updates, state, params)")
+            column = treedef.flatten_up_to(_pytree._params_with_gradients(updates, params, None))
+            theirs = [column[i] for i in live]
+        for i, new in zip(live, _changed(change, number, [leaves[i] for i in live], theirs), strict=True):
+            leaves[i] = new
+        return treedef.unflatten(leaves)
+
+    return optax.stateless(update)
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(jnp.ravel(x).astype(jnp.promote_types(x.dtype, jnp.float32)))
+# At module level, with the number as an argument, like the rule's update: see _pytree.py.
+@functools.partial(jax.jit, static_argnames="change", inline=True)
+def _changed(change: _Change, number: Any, grads: list[Any], params: list[Any] | None) -> list[jax.Array]:
+    with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
+        new = change(number, _wide(grads), _wide(params or []))
+    return [_storage.saturate(x, jnp.result_type(grad)) for x, grad in zip(new, grads, strict=True)]
 
 
-def _corrected_decay(lr: Any, largest: Any, weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    """timm's p ← p - λ α²/α_max p."""
-
-    def factor(count: Any) -> Any:
-        rate: Any = lr(count) if callable(lr) else lr
-        return -weight_decay * rate**2 / largest
-
-    return optax.add_decayed_weights(factor, mask)
+def _wide(arrays: list[Any]) -> list[jax.Array]:
+    """Arrays in at least float32. A float16 norm above 256 has a square that float16 cannot hold."""
+    return [jnp.asarray(x, _storage.compute_dtype(jnp.result_type(x))) for x in arrays]
 
 
-def _joined(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def _scale(factor: Any, grads: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
+    return [factor * g for g in grads]
+
+
+def _clip_values(limit: Any, grads: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.clip(g, -limit, limit) for g in grads]
+
+
+def _clip_each(limit: Any, grads: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
+    return [g for grad in grads for g in _limited([grad], limit)]
+
+
+def _clip_together(limit: Any, grads: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
+    return _limited(grads, limit)
+
+
+def _clip_adaptively(agc: Any, grads: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
+    limits = [agc * jnp.maximum(1e-3, math.prod(_norm([p]))) for p in params]
+    return [g for grad, limit in zip(grads, limits, strict=True) for g in _limited([grad], limit)]
+
+
+def _limited(arrays: list[jax.Array], limit: Any) -> list[jax.Array]:
+    """The arrays, made smaller alike where their common norm is larger than the limit."""
+    unit, norm = _norm(arrays)
+    fits = unit * norm <= limit
+    factor = limit / jnp.where(fits, 1, norm)
+    return [jnp.where(fits, x, x / unit * factor) for x in arrays]
+
+
+def _norm(arrays: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The common norm of arrays, as a unit and the norm in that unit: squares of large numbers then stay finite.
+
+    Without reshaping, which would gather an array that is sharded. The derivative at 0 is 0.
+    """
+    parts = [part for x in arrays for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0.0) for x in parts], jnp.float32(0.0))
+    largest = jax.lax.stop_gradient(largest)
+    unit = jnp.where((largest > jnp.finfo(largest.dtype).tiny) & (largest < jnp.inf), largest, 1)
+    square = functools.reduce(jnp.add, [jnp.sum(jnp.square(x / unit)) for x in parts], jnp.float32(0.0))
+    return unit, jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))

@@ -99,7 +99,7 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     assert f"jax {jax.__version__}" in printed
 
 
-def test_what_is_timed_updates_the_parameters():
+def test_the_timed_step_updates_the_parameters():
     optimizer = speed.rmsprop(speed.RATE)
     candidate = speed.of_jax(optimizer, [(4,)], [jnp.ones(4)])
     for _ in range(3):
@@ -110,7 +110,7 @@ def test_what_is_timed_updates_the_parameters():
     np.testing.assert_allclose(1 - held[0][0], 1e-3 * (0.1**-0.5 + 0.19**-0.5 + 0.271**-0.5), rtol=1e-4)
 
 
-def test_the_fit_finds_what_it_was_made_of():
+def test_the_fit_recovers_its_coefficients():
     rows = [
         {"candidate": "ours uint8", "leaves": leaves, "parameters": size, "milliseconds": 0.02 * leaves + 2e-6 * size}
         | {"trace seconds": 0.001 * leaves, "compile seconds": 1e-6 * leaves**2}
@@ -124,14 +124,7 @@ def test_the_fit_finds_what_it_was_made_of():
     assert fit["1e12 on 1024 devices"] == "0.977 GB, 2 s"
 
 
-@pytest.fixture
-def foreign_climate():
-    """Flax and gymnax promote ranks and dtypes."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-def test_whole_steps_train(foreign_climate, monkeypatch):
+def test_whole_steps_train(users_climate, monkeypatch):
     monkeypatch.setattr(speed, "MODELS", {"small": lambda: speed.language(11, 8, 16, 2, 1, batch=2)})
     rows = speed.training_steps(0.1, lambda: None)
     assert [row["step"] for row in rows] == list(speed.trained())
@@ -141,7 +134,7 @@ def test_whole_steps_train(foreign_climate, monkeypatch):
     assert "update" not in table[0]["small"]
 
 
-def test_memory_is_that_of_parameters_and_state(foreign_climate, monkeypatch):
+def test_memory_is_that_of_parameters_and_state(users_climate, monkeypatch):
     language = speed.language
     monkeypatch.setattr(speed, "language", lambda *_, batch: language(11, 8, 16, 2, 1, batch=batch))
     held = {row["training step"]: row["parameters and state"] for row in speed.memory()}
@@ -155,7 +148,7 @@ def test_memory_is_that_of_parameters_and_state(foreign_climate, monkeypatch):
     assert 3 <= held["ours, uint8 state, bfloat16 parameters"] < 3.1
 
 
-def test_the_grid_compares_equal_starts_and_batches(foreign_climate, monkeypatch):
+def test_the_grid_compares_equal_starts_and_batches(users_climate, monkeypatch):
     problem = training.digits()._replace(steps=2)
     monkeypatch.setattr(training, "GRID", {"convnet": lambda: problem})
     monkeypatch.setattr(training, "DECAYS", (0.9,))
@@ -173,7 +166,7 @@ def test_the_grid_compares_equal_starts_and_batches(foreign_climate, monkeypatch
     assert line["float32"].startswith(f"{losses['float32', 1.0]:.4f}")
 
 
-def test_the_evidence_counts_bytes_and_pairs_seeds(foreign_climate, monkeypatch):
+def test_the_evidence_counts_bytes_and_pairs_seeds(users_climate, monkeypatch):
     monkeypatch.setattr(training, "EVIDENCE", {"digits": lambda: training.digits()._replace(steps=20)})
     monkeypatch.setattr(training, "SEEDS", range(2))
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
@@ -185,7 +178,7 @@ def test_the_evidence_counts_bytes_and_pairs_seeds(foreign_climate, monkeypatch)
     assert all(len(row["curve"]) == 20 for row in rows)
 
 
-def test_agents_learn_and_their_statistics_are_right(foreign_climate):
+def test_agents_learn_and_their_statistics_are_right(users_climate):
     setting = reinforcement.SETTINGS["A2C, CartPole"]._replace(frames=40_000)
     curves = reinforcement.train(setting, setting.dialects["pytorch"], 2)
     assert curves.shape == (2, reinforcement.POINTS)

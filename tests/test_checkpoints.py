@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from helpers import advance, assert_equal, mesh_of, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from problems import grads
 
@@ -41,11 +42,8 @@ def gradient(params, t):
     return {"kernel": grads(params["kernel"].ravel(), t).reshape(8, 8), "bias": params["bias"] - 1.0}
 
 
-def advance(tx, params, state, first, last):
-    for t in range(first, last):
-        updates, state = tx.update(gradient(params, t), state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
+def run(tx, params, state, first, last):
+    return advance(tx, params, state, range(first, last), gradient)
 
 
 def saved(folder, tree):
@@ -58,51 +56,42 @@ def restored(folder, *target):
         return checkpointer.restore(folder / "checkpoint", *target)
 
 
-def assert_same(tree, other):
-    assert jax.tree.structure(tree) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
 @EVERY
-def test_with_a_target_a_run_goes_on_to_the_same_bits(tmp_path, options):
+def test_a_run_restored_with_a_target_continues_bit_for_bit(tmp_path, options):
     tx = optax.chain(optax.clip_by_global_norm(10.0), rmsprop(optax.linear_schedule(0.1, 0.0, 20), **options))
-    params, state = advance(tx, start(), tx.init(start()), 0, 10)
+    params, state = run(tx, start(), tx.init(start()), 0, 10)
     saved(tmp_path, {"params": params, "state": state})
     kept = restored(tmp_path, jax.eval_shape(lambda: {"params": start(), "state": tx.init(start())}))
-    assert_same(kept["state"], state)
-    assert_same(advance(tx, kept["params"], kept["state"], 10, 20), advance(tx, params, state, 10, 20))
+    assert_equal(kept["state"], state)
+    assert_equal(run(tx, kept["params"], kept["state"], 10, 20), run(tx, params, state, 10, 20))
 
 
 @EVERY
-def test_without_a_target_the_names_are_enough(tmp_path, options):
+def test_a_state_is_restored_without_a_target(tmp_path, options):
     tx = rmsprop(0.1, **options)
-    _, state = advance(tx, start(), tx.init(start()), 0, 3)
+    _, state = run(tx, start(), tx.init(start()), 0, 3)
     saved(tmp_path, state)
-    assert_same(RMSPropState(**restored(tmp_path)), state)
+    assert_equal(RMSPropState(**restored(tmp_path)), state)
 
 
 @EVERY
-def test_onto_another_mesh(tmp_path, options):
+def test_a_state_is_restored_onto_another_mesh(tmp_path, options):
     tx = rmsprop(0.1, **options)
 
     def laid_out(shape, spec):
-        devices = jax.devices("cpu")[: shape[0] * shape[1]]
-        mesh = jax.make_mesh(shape, ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-        params = jax.device_put(start(), NamedSharding(mesh, spec))
+        params = jax.device_put(start(), NamedSharding(mesh_of(AxisType.Auto, shape, ("x", "y")), spec))
         return params, jax.jit(tx.init)(params)
 
-    params, state = advance(tx, *laid_out((4, 2), P("x")), 0, 10)
+    params, state = run(tx, *laid_out((4, 2), P("x")), 0, 10)
     saved(tmp_path, {"params": params, "state": state})
     there, there_state = laid_out((1, 2), P("y"))
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": there, "state": there_state})
     kept = restored(tmp_path, target)
-    assert_same(kept, {"params": params, "state": state})
+    assert_equal(kept, {"params": params, "state": state})
     for x, wanted in zip(jax.tree.leaves(kept), jax.tree.leaves(target), strict=True):
         assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
     assert len(kept["state"].nu["kernel"].sharding.device_set) == 2
-    one, other = (advance(tx, *pair, 10, 12)[0] for pair in ((params, state), (kept["params"], kept["state"])))
+    one, other = (run(tx, *pair, 10, 12)[0] for pair in ((params, state), (kept["params"], kept["state"])))
     for k in one:
         np.testing.assert_allclose(one[k], other[k], rtol=0, atol=1e-6)
 
@@ -110,27 +99,27 @@ def test_onto_another_mesh(tmp_path, options):
 @pytest.mark.parametrize("chained", [False, True])
 @pytest.mark.parametrize("new", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("old", OPTIONS.values(), ids=OPTIONS)
-def test_with_other_options(tmp_path, old, new, chained):
+def test_a_restored_state_is_carried_over_to_other_options(tmp_path, old, new, chained):
     """As README says: restored as it was saved, then carried over."""
     make = (lambda tx: optax.chain(optax.clip(10.0), tx)) if chained else lambda tx: tx
     before, after = make(rmsprop(1e-3, **old)), make(rmsprop(1e-3, **new))
-    params, state = advance(before, start(), before.init(start()), 0, 30)
+    params, state = run(before, start(), before.init(start()), 0, 30)
     saved(tmp_path, state)
     kept = restored(tmp_path, jax.eval_shape(before.init, params))
     carried = interop.from_rmsprop(kept, after.init(params))
-    assert jax.tree.map(jax.typeof, carried) == jax.tree.map(jax.typeof, after.init(params))
+    assert types(carried) == types(after.init(params))
     if old == new:
-        assert_same(carried, state)
+        assert_equal(carried, state)
     # E[g²] is what both states have in common: to within a rounding of what keeps it now.
     plain = make(rmsprop(1e-3)).init(params)
     second, expected = (optax.tree.get(interop.from_rmsprop(s, plain), "nu") for s in (carried, kept))
     for k in params:
         np.testing.assert_allclose(second[k], expected[k], rtol=ROUNDING.get(new.get("state_dtype"), 1e-5))
-    later, _ = advance(after, params, carried, 30, 60)
+    later, _ = run(after, params, carried, 30, 60)
     assert (abs(later["bias"] - 1) < abs(params["bias"] - 1)).all()
 
 
-def test_another_structure_as_target_is_refused_and_a_state_of_other_options_too(tmp_path):
+def test_a_target_or_a_state_of_other_options_is_refused(tmp_path):
     plain, centered = rmsprop(0.1), rmsprop(0.1, centered=True)
     saved(tmp_path, plain.init(start()))
     with pytest.raises(ValueError, match="mu"):
@@ -141,7 +130,7 @@ def test_another_structure_as_target_is_refused_and_a_state_of_other_options_too
 
 
 @pytest.mark.parametrize("case", earlier.CASES)
-def test_a_checkpoint_of_version_0_1_goes_on(case):
+def test_a_checkpoint_of_version_0_1_is_resumed(case):
     folder = GOLDEN / "checkpoint-0.1"
     recorded = json.loads((folder / "ends.json").read_text())
     assert recorded["rmsprop_jax"] == "0.1.0"

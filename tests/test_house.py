@@ -153,7 +153,7 @@ def test_no_private_imports_of_the_hosts():
         assert not re.search(r"\b(jax|optax|flax)\._\w+", path.read_text()), path.name
 
 
-def test_it_imports_without_metadata(tmp_path):
+def test_the_package_imports_without_metadata(tmp_path):
     """Vendored, or on PYTHONPATH: nothing is installed, and importing computes nothing."""
     shutil.copytree(PACKAGE, tmp_path / "rmsprop_jax", ignore=shutil.ignore_patterns("__pycache__"))
     code = """

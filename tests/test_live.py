@@ -24,6 +24,7 @@ from resume import (
     foreign,
     limit,
     ORIGIN,
+    run_framework,
     run_ours,
     SOURCES,
     STOP,
@@ -75,6 +76,15 @@ SIGNATURES = {
 OFF = {"momentum": 0, "weight_decay": 0, "loss_scale": 1, "optim_bits": 32, "min_8bit_size": 4096}
 
 
+RATES_BY_DEFAULT = {row["dialect"]: float(row["lr"]) for row in dialects.table() if row["lr"]}
+
+
+def arguments_of_dialect(name):
+    """Its arguments, with the default rate, which its signature does not have."""
+    (rate, default), *others = arguments_of(getattr(dialects, name), set())
+    return [(rate, RATES_BY_DEFAULT.get(name, default)), *others]
+
+
 def arguments_of(function, without):
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     return [(p.name, OFF.get(p.name) if p.default is None else p.default) for p in parameters if p.name not in without]
@@ -91,7 +101,7 @@ def test_live_signatures(name):
     else:
         theirs = getattr(importlib.import_module(module), attribute)
     function = theirs.__init__ if inspect.isclass(theirs) else theirs
-    assert arguments_of(getattr(dialects, name), set()) == arguments_of(function, without | {"self"})
+    assert arguments_of_dialect(name) == arguments_of(function, without | {"self"})
 
 
 @pytest.mark.filterwarnings("ignore")  # theirs
@@ -102,16 +112,16 @@ def test_live_resumes_both_ways(subtests):
 
 
 def both_ways(name, options):
-    source, arguments = SOURCES[name], foreign(name, options)
-    tx = dialect_of(source, name, options)
+    source, tx = SOURCES[name], dialect_of(SOURCES[name], name, options)
+    run = functools.partial(run_framework, source, foreign(name, options))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        middle, checkpoint = source.run(arguments, ORIGIN, 0, STOP)
-        theirs, _ = source.run(arguments, ORIGIN, 0, END)
+        middle, checkpoint = run(ORIGIN, 0, STOP)
+        theirs, _ = run(ORIGIN, 0, END)
         ours, _ = run_ours(tx, source.read(checkpoint), middle, STOP, END)
         assert difference(ours, theirs) < limit(name, options)
         # And back: we make the first half, the framework goes on from our state.
         middle, state = run_ours(tx, tx.init(convert(ORIGIN)), ORIGIN, 0, STOP)
-        back, _ = source.run(arguments, middle, STOP, END, source.write(state))
+        back, _ = run(middle, STOP, END, source.write(state))
         assert difference(back, theirs) < limit(name, options)
 
 

@@ -37,12 +37,10 @@ ON_A_DEVICE = {
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("layout", meshes.LAYOUTS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_bytes_of_the_state_and_what_the_update_sends(name, layout, axis_type):
+def test_the_state_is_divided_between_the_devices_and_stays_so(name, layout, axis_type):
     tx = rmsprop(1e-3, eps=EPS, **OPTIONS[name])
     params, state, update = meshes.place(tx, meshes.make_mesh(axis_type), layout)
     assert meshes.bytes_per_device(state) == ON_A_DEVICE[layout] * STATE_BYTES[name] + 4  # and count
-    # ZeRO-1 gathers each new parameter once, but for the ten that every device has.
-    assert meshes.collectives(update.as_text()) == ({"all-gather": 5} if layout == "ZeRO-1" else {})
     after = update(params, state, params)
     for old, new in zip(jax.tree.leaves((params, state)), jax.tree.leaves(after), strict=True):
         assert new.sharding.is_equivalent_to(old.sharding, old.ndim)

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import assert_equal
 
 
 pytestmark = pytest.mark.slow
@@ -68,11 +69,6 @@ class Job:
         while text not in self.logs[process].read_text():
             assert self.processes[process].poll() is None, self.log()
             time.sleep(0.01)
-
-
-def assert_equal(run, other):
-    for a, b in zip(run, other, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_four_processes_train_as_one(tmp_path):

@@ -3,7 +3,6 @@
 import concurrent.futures
 import copy
 import gc
-import re
 import weakref
 
 import equinox as eqx
@@ -12,23 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.training import train_state
+from helpers import ALIKE, assert_equal, dtypes, EVERYTHING, types
 from hypothesis import example, given, settings, strategies as st
-from jax import export
 
 from rmsprop_jax import rmsprop, RMSPropState, scale_by_rms
 
 
-EVERYTHING = {"centered": True, "momentum": 0.9, "bias_correction": True, "weight_decay": 0.1}
-CONFIGURATIONS = [{}, {"momentum": 0.9, "nesterov": True}, EVERYTHING]
+FEW_OPTIONS = [{}, {"momentum": 0.9, "nesterov": True}, EVERYTHING]
 
 
 def ones(tree):
     return jax.tree.map(jnp.ones_like, tree)
-
-
-def dtypes(tree):
-    return jax.tree.map(lambda x: x.dtype, tree)
 
 
 # --- State --------------------------------------------------------------------------------------------
@@ -59,14 +52,14 @@ def test_float64_is_kept(x64):
     _, after = tx.update(
         jax.tree.map(lambda x: x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32), params), state
     )
-    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+    assert dtypes(after) == dtypes(state)
     expected = 0.9 * (0.09 / 9 + 0.1 * (1 - 0.1 / 3) ** 2)
     np.testing.assert_allclose(after.nu["w"], expected, rtol=1e-14)
 
 
 @pytest.mark.parametrize("jit", [True, False])
-@pytest.mark.parametrize("options", CONFIGURATIONS)
-def test_numpy_s_float64_is_float32_where_float64_is_off(options, jit):
+@pytest.mark.parametrize("options", FEW_OPTIONS)
+def test_float64_of_numpy_is_float32_where_x64_is_off(options, jit):
     tx = rmsprop(0.1, **options)
     params = {"w": np.ones(3), "z": np.ones(2, np.complex128), "s": np.float64(2.0)}
     with jax.disable_jit(not jit):
@@ -75,7 +68,7 @@ def test_numpy_s_float64_is_float32_where_float64_is_off(options, jit):
         expected, _ = tx.update(single, tx.init(single), single)
     assert {k: u.dtype.name for k, u in updates.items()} == {"w": "float32", "z": "complex64", "s": "float32"}
     assert {k: x.dtype.name for k, x in state.nu.items()} == dict.fromkeys(params, "float32")
-    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    assert_equal(updates, expected)
 
 
 @pytest.mark.parametrize("state_dtype", [None, jnp.bfloat16, jnp.uint8])
@@ -94,7 +87,7 @@ def test_parameters_in_host_memory(kind, state_dtype):
         np.testing.assert_array_equal(state.nu["w"], tx.init({"w": jnp.ones((2, 3))}).nu["w"])
 
 
-def test_count_counts_and_stops():
+def test_the_count_stops_at_the_largest_int32():
     tx = rmsprop(0.1)
     params = jnp.ones(2)
     state = tx.init(params)
@@ -127,7 +120,7 @@ def test_map_params_reaches_every_slot():
     assert mapped == RMSPropState("other", {"w": "param"}, {"w": "param"}, {"w": "param"})
 
 
-def test_tree_get_and_set():
+def test_optax_tree_get_and_set_find_the_slots():
     tx = optax.chain(optax.clip_by_global_norm(1.0), rmsprop(0.1, momentum=0.9))
     state = tx.init(jnp.ones(3))
     assert optax.tree.get(state, "nu").shape == (3,)
@@ -171,8 +164,8 @@ def test_state_shares_no_buffer():
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("options", CONFIGURATIONS)
-def test_any_tree(params, options):
+@pytest.mark.parametrize("options", FEW_OPTIONS)
+def test_any_tree_of_arrays_is_updated(params, options):
     tx = rmsprop(0.1, **options)
     for init, update in ((tx.init, tx.update), (jax.jit(tx.init), jax.jit(tx.update))):
         state = init(params)
@@ -198,7 +191,7 @@ trees = st.recursive(
 @settings(max_examples=30)
 @example(tree=None)
 @given(tree=trees)
-def test_a_tree_is_its_leaves(tree):
+def test_leaves_do_not_influence_each_other(tree):
     tx = rmsprop(0.1, momentum=0.9)
     updates, state = tx.update(tree, tx.init(tree))
     assert jax.tree.structure((updates, state.trace)) == jax.tree.structure((tree, tree))
@@ -216,7 +209,7 @@ BAD_LEAVES = {
 
 
 @pytest.mark.parametrize(("tree", "message"), BAD_LEAVES.values(), ids=BAD_LEAVES.keys())
-def test_leaves_that_are_no_arrays_are_named_with_the_way_out(tree, message):
+def test_leaves_that_are_no_arrays_are_refused_by_name(tree, message):
     message += ".*allowed are arrays of numbers.*eqx.filter.*optax.masked"
     with pytest.raises(TypeError, match="parameter" + message):
         rmsprop(0.1).init(tree)
@@ -229,9 +222,9 @@ def test_leaves_that_are_no_arrays_are_named_with_the_way_out(tree, message):
 FIXED = {"int": jnp.arange(3), "bool": np.array([True]), "Python int": 7, "uint8": jnp.zeros(2, jnp.uint8)}
 
 
-@pytest.mark.parametrize("options", CONFIGURATIONS)
+@pytest.mark.parametrize("options", FEW_OPTIONS)
 @pytest.mark.parametrize("no_gradient", [lambda x: None, lambda x: np.zeros(np.shape(x), jax.dtypes.float0)])
-def test_integers_and_booleans_are_as_if_they_were_absent(options, no_gradient):
+def test_integers_and_booleans_have_no_state_and_no_update(options, no_gradient):
     tx = rmsprop(0.1, **options)
     params = FIXED | {"w": W}
     state = tx.init(params)
@@ -258,7 +251,7 @@ def test_gradients_of_integers_as_jax_makes_them():
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_a_gradient_for_a_parameter_that_does_not_train(name):
+def test_a_gradient_for_a_parameter_that_does_not_train_is_refused(name):
     tx = rmsprop(0.1, momentum=0.9)
     params = FIXED | {"w": W}
     grads = dict.fromkeys(FIXED) | {"w": W, name: jnp.ones(np.shape(FIXED[name]))}
@@ -267,8 +260,8 @@ def test_a_gradient_for_a_parameter_that_does_not_train(name):
             update(grads, tx.init(params))
 
 
-@pytest.mark.parametrize("options", CONFIGURATIONS)
-def test_no_gradient_leaves_a_parameter_s_state_as_it_was(options):
+@pytest.mark.parametrize("options", FEW_OPTIONS)
+def test_a_missing_gradient_leaves_the_state_of_its_parameter(options):
     tx = rmsprop(0.1, **options)
     params = {"a": W, "b": [jnp.ones(3)]}
     _, before = tx.update(params, tx.init(params), params)
@@ -319,13 +312,13 @@ def test_bad_gradients_are_named(grads, error, message, options):
             update(grads, state, params)
 
 
-def test_a_list_for_a_tuple_is_named():
+def test_an_error_shows_structures_that_differ():
     tx = rmsprop(0.1)
     with pytest.raises(ValueError, match=r"structure of state.nu: PyTreeDef\(\[\*\]\) is not PyTreeDef\(\(\*,\)\)"):
         tx.update([W], tx.init((W,)))
 
 
-def test_real_gradient_of_a_complex_parameter():
+def test_a_real_gradient_of_a_complex_parameter_is_refused():
     tx = rmsprop(0.1, momentum=0.9)
     with pytest.raises(TypeError, match="gradient is real, its parameter is complex: both must be"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2, jnp.complex64)))
@@ -358,11 +351,11 @@ def test_a_whole_equinox_module_serves_as_params(decoupled):
     trained = eqx.filter(model, eqx.is_inexact_array)
     updates, _ = tx.update(grads, tx.init(trained), model)
     expected, _ = tx.update(grads, tx.init(trained), trained)
-    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    assert_equal(updates, expected)
 
 
 @pytest.mark.parametrize(("tree", "message"), BAD_LEAVES.values(), ids=BAD_LEAVES.keys())
-def test_a_parameter_that_is_no_array_but_has_a_gradient(tree, message):
+def test_a_parameter_that_is_no_array_but_has_a_gradient_is_refused(tree, message):
     tx = rmsprop(0.1, weight_decay=0.1)
     grads = jax.tree.map(lambda _: 1.0, tree)
     with pytest.raises(TypeError, match=f"parameter{message}.*allowed are arrays of numbers"):
@@ -386,12 +379,12 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN.keys())
-def test_a_state_that_is_not_ours(foreign):
+def test_a_foreign_state_is_refused(foreign):
     with pytest.raises(TypeError, match=r"state has type (tuple|dict|NoneType): allowed is the RMSPropState that init"):
         rmsprop(0.1).update(W, foreign(W))
 
 
-def test_a_state_of_other_options():
+def test_a_state_of_other_options_is_refused():
     plain, full = rmsprop(0.1), rmsprop(0.1, momentum=0.9)
     with pytest.raises(ValueError, match=r"state\.trace is None: the state was made with other options"):
         full.update(W, plain.init(W))
@@ -403,220 +396,6 @@ def test_params_are_not_looked_at_without_weight_decay():
     tx = rmsprop(0.1)
     tx.update(W, tx.init(W), "anything")
     tx.update(W, tx.init(W), value=1.0, anything=None)
-
-
-# --- Compilation --------------------------------------------------------------------------------------
-
-
-def test_an_eager_update_is_one_program(compilations):
-    params = [jnp.ones((5, i + 1)) for i in range(20)]
-    tx = rmsprop(0.1, **EVERYTHING)
-    state = tx.init(params)
-    with compilations() as compiled:
-        tx.update(params, state, params)
-    assert len(compiled) == 1
-
-
-def test_new_numbers_do_not_recompile(compilations):
-    params = {"w": jnp.ones((7, 3))}
-    options = EVERYTHING | {"eps": 1e-3}
-    tx = rmsprop(0.1, **options)
-    state = tx.init(params)
-    _, state = tx.update(params, state, params)
-    with compilations() as compiled:
-        tx.update(params, state, params)
-        for numbers in (
-            {"learning_rate": 0.2},
-            {"decay": 0.99},
-            {"eps": 1.0},
-            {"momentum": 0.5},
-            {"weight_decay": 0.0},
-        ):
-            rmsprop(**{"learning_rate": 0.1, **options, **numbers}).update(params, state, params)
-    assert compiled == []
-    with compilations() as compiled:  # and the watch itself works
-        rmsprop(0.1, **options | {"eps_in_sqrt": False}).update(params, state, params)
-    assert len(compiled) == 1
-
-
-def test_inject_hyperparams_outside_jit_does_not_recompile(compilations):
-    params = {"w": jnp.ones((7, 5))}
-    rates = [jnp.float32(rate) for rate in (0.1, 0.01, 0.001)]
-    tx = optax.inject_hyperparams(rmsprop)(learning_rate=0.1, momentum=0.9)
-    state = tx.init(params)
-    for _ in range(2):
-        _, state = tx.update(params, state, params)
-    with compilations() as compiled:
-        for rate in rates:
-            state.hyperparams["learning_rate"] = rate
-            updates, state = tx.update(params, state, params)
-    assert compiled == []
-    reference = rmsprop(lambda count: jnp.array([0.1, 0.1, 0.1, 0.01, 0.001])[count], momentum=0.9)
-    expected_state = reference.init(params)
-    for _ in range(5):
-        expected, expected_state = reference.update(params, expected_state)
-    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
-
-
-def compiled_step(tx, params):
-    """A step as users compile it, with parameters and state donated."""
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
-
-
-def test_it_inlines_under_the_users_jit():
-    params = {"a": W, "b": W + 1, "c": jnp.ones(5)}
-    # The program is what counts: from jax 0.11 on an inlined function still shows in the jaxpr.
-    compiled = compiled_step(rmsprop(0.1), params).as_text()
-    entry = compiled[compiled.index("ENTRY") :]
-    assert " call(" not in compiled
-    # ν and the parameter of each leaf, and the count: nothing between update and apply_updates.
-    assert len(re.findall(r" fusion\(", entry)) == 2 * len(params) + 1
-
-
-def test_one_function_for_all_leaves_of_a_shape():
-    params = {"a": W, "b": W + 1, "c": jnp.ones(5), "d": [W]}
-    tx = rmsprop(0.1, momentum=0.9, weight_decay=0.1)
-    text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
-    assert len(re.findall(r"func private @_update_array", text)) == 2
-    assert len(re.findall(r"call @_update_array", text)) == 4
-
-
-@pytest.mark.parametrize("state_dtype", [jnp.bfloat16, jnp.uint8])
-def test_one_hash_for_all_leaves(state_dtype):
-    params = {name: jnp.ones(1000) for name in "abcdef"}
-    tx = rmsprop(0.1, state_dtype=state_dtype)
-    compiled = jax.jit(tx.update).lower(params, tx.init(params)).compile().as_text()
-    # The count and two numbers end in a remainder each. The XLA of jax 0.7.2 repeats them in every leaf all the same.
-    assert (len(re.findall(r" remainder\(", compiled)) == 3) == (jax.__version_info__ >= (0, 10))
-
-
-def instructions_per_leaf(tx):
-    """XLA's instructions for one more leaf of the same shape."""
-    with jax.numpy_rank_promotion("allow"):  # Optax's scalars
-        three, four = (compiled_step(tx, [jnp.ones(1000)] * leaves).as_text().count(" = ") for leaves in (3, 4))
-    return four - three
-
-
-@pytest.mark.parametrize(
-    ("limit", "options"),
-    [
-        (1.4, {}),
-        (1.4, {"centered": True}),
-        (1.5, {"momentum": 0.9}),
-        # The XLA of jax 0.7.2 repeats the hash in every leaf.
-        *(
-            []
-            if jax.__version_info__ < (0, 10)
-            else [(2.2, {"state_dtype": jnp.bfloat16}), (2.8, {"state_dtype": jnp.uint8})]
-        ),
-    ],
-)
-def test_little_more_to_compile_than_optax(limit, options):
-    # The more there are, the longer XLA compiles. Optax's plain update has 27.
-    optaxs = optax.rmsprop(0.1, **{name: x for name, x in options.items() if name != "state_dtype"})
-    assert instructions_per_leaf(rmsprop(0.1, **options)) < limit * instructions_per_leaf(optaxs)
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-40, 1e-8])
-def test_an_eps_that_is_not_known_changes_nothing(eps):
-    grads = {"w": W, "zero": jnp.zeros(3)}
-    results = []
-    for value in (eps, jnp.float32(eps)):
-        tx = rmsprop(0.1, eps=value)
-        state = tx.init(grads)
-        for _ in range(3):
-            updates, state = tx.update(grads, state)
-        results.append((updates, state))
-    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_array_equal(x, y)
-    assert (results[0][0]["zero"] == 0).all()
-
-
-NARROW = {"state_dtype": jnp.uint8}
-# What is kept in bfloat16. XLA's older CPU backends copy it.
-SIGNED = [
-    NARROW | {"centered": True},
-    {"state_dtype": jnp.bfloat16},
-    {"state_dtype": jnp.bfloat16, **EVERYTHING},
-]
-NARROW_DTYPES = [jnp.bfloat16, jnp.uint8]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"momentum": 0.9},
-        {"centered": True},
-        {"eps_in_sqrt": False},
-        EVERYTHING,
-        NARROW,
-        NARROW | {"momentum": 0.9},
-        NARROW | {"eps_in_sqrt": False, "bias_correction": True, "weight_decay": 0.1},
-        *([] if jax.__version_info__ < (0, 10) else SIGNED),
-    ],
-)
-def test_no_copy_of_the_state(options):
-    tx = rmsprop(1e-3, **options)
-    params = jnp.ones(1 << 16)
-    compiled = compiled_step(tx, params)
-    assert " fusion(" in compiled.as_text()  # the text is what we think it is
-    assert " copy(" not in compiled.as_text()
-    # XLA emits scalar instructions for it, and LLVM does not vectorize them where cores get unequal parts of an array.
-    assert " rsqrt(" not in compiled.as_text()
-    # Every donated buffer is used again: parameter, count and slots. And no array is made on the way.
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= params.nbytes + sum(x.nbytes for x in jax.tree.leaves(tx.init(params)))
-    assert memory.temp_size_in_bytes < 1000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bias_correction", [False, True])
-@pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("eps_in_sqrt", [False, True])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
-@pytest.mark.parametrize("state_dtype", [None, jnp.bfloat16, jnp.uint8])
-def test_lowers_for_every_target(state_dtype, bias_correction, centered, eps_in_sqrt, dtype):
-    for options in ({}, {"momentum": 0.9, "nesterov": True, "lr_in_momentum": False, "weight_decay": 0.1}):
-        tx = rmsprop(
-            lambda count: 0.1 / (1 + count.astype(jnp.float32)),
-            eps_in_sqrt=eps_in_sqrt,
-            centered=centered,
-            bias_correction=bias_correction,
-            state_dtype=state_dtype,
-            **options,
-        )
-        params = jax.ShapeDtypeStruct((8, 4), dtype)
-        state = jax.eval_shape(tx.init, params)
-        exported = export.export(jax.jit(tx.update), platforms=("cpu", "cuda", "tpu"))(params, state, params)
-        assert exported.platforms == ("cpu", "cuda", "tpu")
-        assert exported.out_avals[0].dtype == dtype
-
-
-def unrolled_instructions(updates, **options):
-    """The length of the program of so many updates in one jit."""
-    tx = rmsprop(1e-3, centered=True, momentum=0.9, **options)
-
-    def run(params, state):
-        for _ in range(updates):
-            step, state = tx.update(jnp.sin(params), state)
-            params = params + step
-        return params
-
-    params = jnp.ones(64)
-    return len(jax.jit(run).lower(params, tx.init(params)).compile().as_text().splitlines())
-
-
-@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
-def test_updates_in_one_program_are_not_recomputed_in_each_other(state_dtype):
-    # XLA may recompute what is kept, or the count, from the start wherever it is read. Then the program grows with the
-    # square of the updates or faster: for bfloat16 on jax 0.12, 14 updates took 17 s to compile, and 20 had no end.
-    assert unrolled_instructions(32, state_dtype=state_dtype) < 2.3 * unrolled_instructions(16, state_dtype=state_dtype)
 
 
 # --- Transformations ----------------------------------------------------------------------------------
@@ -648,7 +427,7 @@ def test_vmap_over_members():
         np.testing.assert_array_equal(updates[i], tx.update(params[i], tx.init(params[i]))[0])
 
 
-def test_hashable_and_static():
+def test_a_transformation_can_be_a_static_argument():
     tx = rmsprop(0.1)
     step = jax.jit(lambda tx, g: tx.update(g, tx.init(g))[0], static_argnums=0)
     np.testing.assert_allclose(step(tx, W), -0.1 / np.sqrt(0.1), rtol=1e-6)
@@ -659,10 +438,8 @@ def test_init_on_shapes_allocates_what_init_on_arrays_does():
     tx = rmsprop(0.1, **EVERYTHING)
     arrays = {"w": jnp.ones((2, 3), jnp.bfloat16)}
     shapes = jax.eval_shape(lambda: arrays)
-    assert jax.tree.map(jax.typeof, tx.init(shapes)) == jax.tree.map(jax.typeof, tx.init(arrays))
-    assert jax.tree.map(lambda x: x.dtype, jax.eval_shape(tx.init, arrays)) == jax.tree.map(
-        lambda x: x.dtype, tx.init(arrays)
-    )
+    assert types(tx.init(shapes)) == types(tx.init(arrays))
+    assert dtypes(jax.eval_shape(tx.init, arrays)) == dtypes(tx.init(arrays))
 
 
 def test_scale_by_rms_keeps_the_sign():
@@ -670,20 +447,21 @@ def test_scale_by_rms_keeps_the_sign():
     np.testing.assert_array_equal(updates, [2.0, -2.0])
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-40, 1e-8])
+def test_an_eps_in_a_jax_array_gives_the_same_bits(eps):
+    grads = {"w": W, "zero": jnp.zeros(3)}
+    results = []
+    for value in (eps, jnp.float32(eps)):
+        tx = rmsprop(0.1, eps=value)
+        state = tx.init(grads)
+        for _ in range(3):
+            updates, state = tx.update(grads, state)
+        results.append((updates, state))
+    assert_equal(*results)
+    assert (results[0][0]["zero"] == 0).all()
+
+
 # --- Made alike, equal --------------------------------------------------------------------------------
-
-
-def rate(count):
-    return 0.1 / (1 + count.astype(jnp.float32))
-
-
-ALIKE = {
-    "number": lambda: rmsprop(1e-3),
-    "options": lambda: rmsprop(1e-3, momentum=0.9, centered=True, weight_decay=0.1, state_dtype=jnp.uint8),
-    "schedule": lambda: rmsprop(rate, initial_scale=np.float32(1.0)),
-    "mask": lambda: rmsprop(1e-3, weight_decay=0.1, weight_decay_mask=(True, False)),
-    "scale_by_rms": lambda: scale_by_rms(0.99, state_dtype="bfloat16"),
-}
 
 
 @pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE)
@@ -745,19 +523,3 @@ def test_nothing_outlives_its_last_user():
     assert gone() is None
     with jax.checking_leaks():
         jax.jit(lambda x: rmsprop(lambda _: x).update(W, rmsprop(1.0).init(W))[0])(0.1)
-
-
-@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE)
-def test_a_loop_over_seeds_compiles_once(make, compilations):
-    """Flax keeps the transformation of a TrainState as static data."""
-    params = (jnp.ones((3, 5)), jnp.ones(5))
-    step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
-
-    def run():
-        state = train_state.TrainState.create(apply_fn=rate, params=params, tx=make())
-        return step(state, params)
-
-    run()
-    with compilations() as compiled:
-        run()
-    assert compiled == []

@@ -1,7 +1,5 @@
 """bfloat16 parameters: right in the mean, the same everywhere, and at home in every loop."""
 
-import re
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import mesh_of, normal
 from hypothesis import given, settings, strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from problems import train_digits
 
 from rmsprop_jax import _bits, rmsprop, round_params_stochastically, RoundParamsState
@@ -19,10 +18,6 @@ from rmsprop_jax import _bits, rmsprop, round_params_stochastically, RoundParams
 pytestmark = pytest.mark.usefixtures("users_climate")  # float32 updates of bfloat16 parameters
 
 ROUND = round_params_stochastically()
-
-
-def normal(shape, seed=0, dtype=jnp.bfloat16):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
 def unit(x):
@@ -47,7 +42,7 @@ def rounded(params, updates, step=0):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("size", [1e-3, 0.1, 0.5, 0.9, 1.0, 3.3, 10.0])
 @pytest.mark.parametrize("start", [1.0, 1.5, 1.9921875, -2.0, 3e-5])
-def test_the_mean_is_right(start, size, sign, dtype):
+def test_the_mean_of_one_update_is_exact(start, size, sign, dtype):
     """One parameter, one update, 2¹⁶ steps: the mean to within five standard errors."""
     p = jnp.asarray(start, jnp.bfloat16)
     u = jnp.asarray(sign * size * unit(float(p)), dtype)
@@ -60,7 +55,7 @@ def test_the_mean_is_right(start, size, sign, dtype):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_from_zero_it_lands_on_the_update(sign):
+def test_a_parameter_of_zero_becomes_the_update(sign):
     for size in (1e-30, 1e-8, 1.0):
         u = jnp.asarray(sign * size, jnp.bfloat16)
         assert rounded(jnp.zeros((), jnp.bfloat16), u) == u
@@ -134,7 +129,7 @@ def test_equal_elements_with_equal_updates_are_rounded_independently():
 
 def test_noise_is_uniform_and_independent():
     """Over steps and over elements, of which many share their parameter or their update."""
-    p, u = normal((8, 8)), normal((8, 8), 1) * jnp.bfloat16(1e-3)
+    p, u = normal((8, 8), jnp.bfloat16), normal((8, 8), jnp.bfloat16, seed=1) * jnp.bfloat16(1e-3)
     p, u = (x.astype(jnp.float32).ravel() for x in (p.at[:4].set(p[0]), u.at[:, 4:].set(u[0, 0])))
     n = 4096
     bits = jax.vmap(lambda step: _bits.noise(_bits.seeds(step, "params"), p, u))(jnp.arange(n))
@@ -152,7 +147,7 @@ def test_noise_is_uniform_and_independent():
     u=st.floats(-(2.0**100), 2.0**100, width=32),
     step=st.integers(0, 2**31 - 2),
 )
-def test_it_lands_within_two_units_and_on_a_neighbour_where_it_says_so(p, u, step):
+def test_the_result_is_a_neighbour_of_the_exact_sum(p, u, step):
     p, u = jnp.bfloat16(p), jnp.bfloat16(u)
     exact, end = float(p) + float(u), float(rounded(p, u, step))
     if exact == 0 or abs(exact) < 1e-30:
@@ -177,13 +172,13 @@ def test_an_update_of_zero_changes_no_bit():
                 np.testing.assert_array_equal(bits(rounded(params, jnp.full(params.shape, zero, dtype))), bits(params))
 
 
-def test_nan_and_inf_pass():
+def test_nan_and_inf_pass_through():
     params = jnp.ones(4, jnp.bfloat16)
     end = rounded(params, jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.0], jnp.bfloat16))
     np.testing.assert_array_equal(np.asarray(end, np.float32), [np.nan, np.inf, -np.inf, 1])
 
 
-def test_other_leaves_and_dtypes():
+def test_other_leaves_and_dtypes_pass_through():
     params = {
         "f": jnp.ones(2),
         "h": jnp.ones(2, jnp.float16),
@@ -208,7 +203,7 @@ def test_other_leaves_and_dtypes():
     assert changed["b"] is None
 
 
-def test_missing_params_and_wrong_shapes():
+def test_missing_params_and_wrong_shapes_are_refused():
     p = {"w": jnp.ones(3, jnp.bfloat16)}
     with pytest.raises(
         ValueError, match=r"round_params_stochastically needs params: call update\(updates, state, params\)"
@@ -218,7 +213,7 @@ def test_missing_params_and_wrong_shapes():
         ROUND.update({"w": jnp.ones(2, jnp.bfloat16)}, ROUND.init(p), p)
 
 
-def test_its_step_is_no_second_count():
+def test_the_state_has_no_second_count():
     tx = optax.chain(rmsprop(0.1), ROUND)
     state = tx.init(jnp.ones(2, jnp.bfloat16))
     assert optax.tree.get(state, "count") == optax.tree.get(state, "step") == 0
@@ -228,7 +223,7 @@ def test_its_step_is_no_second_count():
 
 
 def test_the_rounding_depends_on_the_place_the_step_and_the_values_alone():
-    p, u = normal((512,)), normal((512,), 1) * 1e-3
+    p, u = normal((512,), jnp.bfloat16), normal((512,), jnp.bfloat16, seed=1) * 1e-3
     expected = bits(rounded(p, u, 3))
     np.testing.assert_array_equal(bits(rounded(p.reshape(16, 32), u.reshape(16, 32), 3)).ravel(), expected)
     tree = rounded({"a": -p, "b": p}, {"a": u, "b": u}, 3)
@@ -238,9 +233,9 @@ def test_the_rounding_depends_on_the_place_the_step_and_the_values_alone():
     assert (bits(rounded(p[::-1], u[::-1], 3)) != expected[::-1]).any()
 
 
-def test_on_a_mesh():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
-    p, u = normal((64, 8)), normal((64, 8), 1) * 1e-3
+def test_a_mesh_rounds_as_one_device_does():
+    mesh = mesh_of()
+    p, u = normal((64, 8), jnp.bfloat16), normal((64, 8), jnp.bfloat16, seed=1) * 1e-3
     step = jax.jit(lambda p, u, s: ROUND.update(u, s, p))
     expected, _ = step(p, u, ROUND.init(p))
     there, updates = (jax.device_put(x, NamedSharding(mesh, P("x"))) for x in (p, u))
@@ -249,15 +244,6 @@ def test_on_a_mesh():
     changed, _ = step(there, updates, state)
     np.testing.assert_array_equal(bits(changed), bits(expected))
     assert changed.sharding.is_equivalent_to(there.sharding, 2)
-    text = step.lower(there, updates, state).compile().as_text()
-    assert not re.search("all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", text)
-
-
-def test_one_function_for_all_leaves_of_a_shape():
-    params = {str(i): jnp.ones((3, i % 2 + 1), jnp.bfloat16) for i in range(6)}
-    text = jax.jit(ROUND.update).lower(params, ROUND.init(params), params).as_text()
-    assert len(re.findall("func private @_round_array", text)) == 2
-    assert len(re.findall("call @_round_array", text)) == 6
 
 
 # --- In other people's loops --------------------------------------------------------------------------------
@@ -304,7 +290,7 @@ def test_it_moves_where_rounding_to_nearest_stands_still(loop):
     assert gap(ours) < gap(stuck) / 2
 
 
-def test_nnx_and_equinox():
+def test_rounds_in_nnx_and_equinox():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
     optimizer = nnx.Optimizer(model, optax.chain(optax.sgd(1e-6), ROUND), wrt=nnx.Param)
     before = model.kernel[...]

@@ -9,13 +9,13 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from helpers import assert_equal, dtypes, finite_floats, follow, NARROW_DTYPES, normal, SGD
 from hypothesis import example, given, settings, strategies as st
 from problems import train_digits
 
 from rmsprop_jax import _bits, _storage, dialects, interop, rmsprop, RMSPropState, scale_by_rms
 
 
-NARROW = [jnp.bfloat16, jnp.uint8]
 # Every value that uint8 can hold: 7 bits of exponent, 1 of mantissa, from 2⁻⁹⁰.
 LADDER = np.array([2.0 ** (code // 2 - 90) * (1 + 0.5 * (code % 2)) for code in range(256)])
 # And int8, for codes from 0: 5 bits of exponent and 2 of mantissa, from 2⁻²², less the first number.
@@ -40,14 +40,14 @@ def values(kept):
 # --- Codes --------------------------------------------------------------------------------------------
 
 
-def test_the_ladder():
+def test_the_values_of_all_codes():
     np.testing.assert_array_equal(values(jnp.arange(256, dtype=jnp.uint8)), LADDER)
     signed = jnp.arange(-128, 128).astype(jnp.int8)
     np.testing.assert_array_equal(values(signed), [np.nan, *-SIGNED_LADDER[:0:-1], *SIGNED_LADDER])
 
 
 @pytest.mark.parametrize("noise", [0, 1 << 31, 2**32 - 1])
-def test_what_a_code_stands_for_keeps_its_code(noise):
+def test_a_value_that_has_a_code_keeps_it(noise):
     np.testing.assert_array_equal(stored(LADDER, jnp.uint8, noise), np.arange(256))
     np.testing.assert_array_equal(stored(SIGNED_LADDER, jnp.int8, noise), np.arange(128))
     np.testing.assert_array_equal(stored(-SIGNED_LADDER, jnp.int8, noise), -np.arange(128))
@@ -96,7 +96,7 @@ def test_bfloat16_takes_one_of_two_neighbours_and_is_exact_in_the_mean(x):
 
 
 @pytest.mark.parametrize("noise", [0, 12345 << 10, 2**32 - 1])
-def test_the_ends_of_the_range(noise):
+def test_values_beyond_the_range_saturate(noise):
     ends = {0.0: 0, 1e-45: 0, 2.0**-91: 0, 2.0**-90: 0, 1.5 * 2.0**37: 255, 2.0**38: 255, 3e38: 255, np.inf: 255}
     np.testing.assert_array_equal(stored(list(ends), jnp.uint8, noise), list(ends.values()))
     for pattern in (0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001):  # of x86, of NVIDIA, of anybody
@@ -115,7 +115,7 @@ def test_bfloat16_saturates_what_float32_cannot_hold(x64):
     np.testing.assert_allclose(np.asarray(kept, np.float64), [largest, -largest, np.nan], rtol=0.01)
 
 
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_float64_saturates(x64, state_dtype):
     tx = rmsprop(0.1, 0.5, momentum=0.5, state_dtype=state_dtype)
     params = jnp.zeros(2, jnp.float64)
@@ -125,7 +125,7 @@ def test_float64_saturates(x64, state_dtype):
     assert jnp.isfinite(updates).all()
 
 
-@pytest.mark.parametrize("state_dtype", [None, *NARROW])
+@pytest.mark.parametrize("state_dtype", [None, *NARROW_DTYPES])
 @pytest.mark.slow
 def test_every_dtype_where_float64_is_on(x64, state_dtype):
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128):
@@ -135,10 +135,10 @@ def test_every_dtype_where_float64_is_on(x64, state_dtype):
             updates, state = tx.update(2 * params, tx.init(params))
             assert updates.dtype == dtype
             assert (updates.real < 0).all()
-            assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, tx.init(params))
+            assert dtypes(state) == dtypes(tx.init(params))
 
 
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_initial_scale_is_kept_to_nearest(state_dtype):
     for scale, code in ((0.0, 0), (-0.0, 0), (1.0, 180), (1.5, 181), (1.2, 180), (1.3, 181), (1e-40, 0), (1e30, 255)):
         tx = rmsprop(0.1, initial_scale=scale, state_dtype=state_dtype)
@@ -157,7 +157,7 @@ SPREAD = {jnp.uint8: 0.5**0.5, jnp.bfloat16: 2**-3.5}
 COLUMNS = 256
 
 
-def follow(decay, gradients, state_dtype, start=1.0):
+def kept_and_exact(decay, gradients, state_dtype, start=1.0):
     """ν over time, in the state and in float64. Each column starts from another count, so that it has its own noise."""
     tx = scale_by_rms(decay, initial_scale=start, state_dtype=state_dtype)
     counts = jnp.arange(gradients.shape[1], dtype=jnp.int32) * 1_000_003
@@ -173,10 +173,6 @@ def follow(decay, gradients, state_dtype, start=1.0):
         nu = decay * nu + (1 - decay) * g**2
         exact.append(nu)
     return np.asarray(kept, np.float64), np.stack(exact)
-
-
-def normal(shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(0), shape, dtype)
 
 
 def every(n, shape):
@@ -198,28 +194,28 @@ GRADIENTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.999])
 @pytest.mark.parametrize("kind", GRADIENTS)
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_an_average_is_right_in_the_mean(state_dtype, kind, decay):
     memory = round(1 / (1 - decay))
-    kept, exact = follow(decay, GRADIENTS[kind]((12 * memory, COLUMNS)), state_dtype)
+    kept, exact = kept_and_exact(decay, GRADIENTS[kind]((12 * memory, COLUMNS)), state_dtype)
     kept, exact = kept[2 * memory :], exact[2 * memory :]
     tolerance = 5 * SPREAD[state_dtype] / np.sqrt(COLUMNS * 10 / 2)
     assert abs(kept.mean() / exact.mean() - 1) < tolerance < 0.1
     assert (kept / exact).std() > SPREAD[state_dtype] ** 2 / 10  # that it is rounded at all
 
 
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_a_slow_average_follows(state_dtype):
     # Down to 1e-4 and up again by 1e-3 of itself at a time: rounded to nearest it would never move.
     gradients = jnp.concatenate([jnp.full((15_000, COLUMNS), 1e-2), jnp.full((10_000, COLUMNS), 1.0)])
-    kept, exact = follow(0.999, gradients * (1 + 0.1 * normal(gradients.shape)), state_dtype)
+    kept, exact = kept_and_exact(0.999, gradients * (1 + 0.1 * normal(gradients.shape)), state_dtype)
     for t in (14_999, 24_999):
         assert abs(kept[t].mean() / exact[t].mean() - 1) < 5 * SPREAD[state_dtype] / np.sqrt(COLUMNS)
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_updates():
-    kept, exact = follow(0.9999, normal((100_000, 32)), jnp.uint8)
+    kept, exact = kept_and_exact(0.9999, normal((100_000, 32)), jnp.uint8)
     kept, exact = kept[20_000:], exact[20_000:]
     assert abs(kept.mean() / exact.mean() - 1) < 5 * SPREAD[jnp.uint8] / np.sqrt(32 * 8 / 2)
     # It neither runs away nor gets stuck: within three octaves of 1, and every column on the way again and again.
@@ -228,18 +224,18 @@ def test_a_hundred_thousand_updates():
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.999])
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_a_rare_gradient_is_forgotten_at_the_right_rate(state_dtype, decay):
     memory = round(1 / (1 - decay))
-    kept, exact = follow(decay, jnp.zeros((3 * memory, 4096)), state_dtype)
+    kept, exact = kept_and_exact(decay, jnp.zeros((3 * memory, 4096)), state_dtype)
     for t in (memory // 2, memory - 1, 3 * memory - 1):
         # The variance doubles in about two memories, as nothing pulls it back.
         assert abs(kept[t].mean() / exact[t].mean() - 1) < 5 * 2 * SPREAD[state_dtype] / np.sqrt(4096)
 
 
-def test_zero_gradients_end_on_the_floor_and_the_next_one_starts_anew():
+def test_an_average_recovers_from_zero_gradients():
     gradients = jnp.zeros((800, COLUMNS)).at[700:].set(1.0)
-    kept, _ = follow(0.9, gradients, jnp.uint8)
+    kept, _ = kept_and_exact(0.9, gradients, jnp.uint8)
     assert kept[699].max() == LADDER[0]
     assert abs(kept[750:].mean() - 1) < 5 * SPREAD[jnp.uint8] / np.sqrt(COLUMNS * 2)
 
@@ -248,10 +244,10 @@ def test_zero_gradients_end_on_the_floor_and_the_next_one_starts_anew():
     ("decay", "kind", "low", "high"),
     [(0.9, "constant", 1.0, 1.02), (0.9, "normal", 1.01, 1.06), (0.99, "normal", 1.04, 1.09)],
 )
-def test_the_mean_step_is_a_little_longer(decay, kind, low, high):
+def test_the_mean_step_is_longer_by_a_few_percent(decay, kind, low, high):
     # As the docstring says: by 1 to 7 percent.
     gradients = GRADIENTS[kind]((2000, COLUMNS))
-    kept, exact = follow(decay, gradients, jnp.uint8)
+    kept, exact = kept_and_exact(decay, gradients, jnp.uint8)
     size = np.abs(np.asarray(gradients))[500:]
     assert low < (size / np.sqrt(kept[500:])).mean() / (size / np.sqrt(exact[500:])).mean() < high
 
@@ -304,8 +300,7 @@ def test_a_slot_is_rounded_by_its_own_seeds_whatever_else_is_on(others):
     def expected(slot, exact):
         return _bits.to_bfloat16(exact, _bits.noise(_bits.seeds(first, slot), g))
 
-    sgd = {"decay": 1.0, "eps": 0.0, "initial_scale": 1.0}
-    tx = rmsprop(1.0, **sgd, momentum=0.5, state_dtype=jnp.bfloat16, **others)
+    tx = rmsprop(1.0, **SGD, momentum=0.5, state_dtype=jnp.bfloat16, **others)
     _, state = tx.update(g, tx.init(g))
     np.testing.assert_array_equal(state.trace, expected("trace", g))
     assert (state.trace != expected("nu", g)).any()
@@ -328,7 +323,7 @@ def codes(tx, gradients):
     return jax.tree.leaves((state.nu, state.mu, state.trace))
 
 
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 @pytest.mark.parametrize("options", [{}, {"centered": True, "momentum": 0.9}])
 def test_the_rounding_depends_on_the_place_in_the_array_and_not_on_its_shape(state_dtype, options):
     tx = rmsprop(0.1, 0.99, state_dtype=state_dtype, **options)
@@ -367,7 +362,7 @@ def test_elements_with_equal_gradients_are_rounded_independently(slot, decay):
     assert 0.97 < ratio.min() < ratio.max() < (1.03 if slot == "nu" else 1.08)  # one-byte ν makes steps longer
 
 
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_the_step_divides_by_what_is_kept(state_dtype):
     tx = scale_by_rms(0.9, eps=0.0, state_dtype=state_dtype)
     g = normal((64,))
@@ -397,8 +392,8 @@ OPTIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
-@pytest.mark.parametrize("state_dtype", NARROW)
-def test_walks_like_float32(state_dtype, dtype, options):
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
+def test_the_mean_trajectory_is_that_of_float32(state_dtype, dtype, options):
     """The mean of 512 walks of 200 steps that are equal but for their gradients' noise."""
     gradients = 3.0 + normal((200, 512))
     if dtype == jnp.complex64:
@@ -434,20 +429,18 @@ def test_walks_like_float32(state_dtype, dtype, options):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("state_dtype", NARROW)
-def test_a_slow_buffer_goes_on_to_the_end(state_dtype, sign):
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
+def test_a_slow_buffer_reaches_its_limit(state_dtype, sign):
     # 0.999 b + 0.001 of what b will be: rounded to nearest it would stop at half a step of its code.
     tx = rmsprop(1e-2, 0.5, momentum=0.999, state_dtype=state_dtype)
-    params = jnp.zeros(1024)
-    gradients = sign * (1 + 0.01 * normal((8000, 1024)))
-    state = jax.jit(lambda g: jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), tx.init(params), g)[0])(gradients)
+    *_, state = follow(tx, sign * (1 + 0.01 * normal((8000, 1024))), jnp.zeros(1024))
     # In the mean a step is a few percent longer for ν's noise, and a buffer's noise is half a step of its code.
     expected = sign * 1e-2 * (1 - 0.999**8000) / (1 - 0.999)
     ratio = values(state.trace).mean() / expected
     assert abs(ratio - 1) < 2e-3 if state_dtype == jnp.bfloat16 else 0.97 < ratio < 1.06
 
 
-def test_a_buffer_forgets_and_ends_at_zero():
+def test_a_buffer_decays_to_zero():
     tx = rmsprop(1.0, 1.0, 0.0, 1.0, momentum=0.9, state_dtype=jnp.uint8)  # u is g
     g = normal((4096,))
     state = tx.init(g)
@@ -458,7 +451,7 @@ def test_a_buffer_forgets_and_ends_at_zero():
     assert (steps(state).trace == 0).all()
 
 
-def test_a_buffer_stays_in_the_dtype_it_has():
+def test_an_update_keeps_the_dtype_of_an_old_buffer():
     # Version 0.1 kept it in bfloat16.
     tx = rmsprop(0.1, momentum=0.9, state_dtype=jnp.uint8)
     g = normal((64,))
@@ -472,7 +465,7 @@ def test_a_buffer_stays_in_the_dtype_it_has():
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.slow
 def test_nan_and_inf_are_not_hidden_and_apply_if_finite_restores(options, state_dtype, bad):
@@ -487,18 +480,16 @@ def test_nan_and_inf_are_not_hidden_and_apply_if_finite_restores(options, state_
     state = guarded.init(params)
     _, state = guarded.update(params, state, params)
     _, after = guarded.update(params.at[1].set(bad), state, params)
-    for x, y in zip(jax.tree.leaves(after.inner_state), jax.tree.leaves(state.inner_state), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    assert_equal(after.inner_state, state.inner_state)
 
 
 @pytest.mark.parametrize("bad", [1e5, 1e6, 1e10, 1e25, -3e38])
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 @pytest.mark.parametrize("options", [{}, {"centered": True}, {"eps_in_sqrt": False}, {"bias_correction": True}])
 def test_recovers_from_a_huge_gradient(options, state_dtype, bad):
     gradients = jnp.ones((1600, 2)).at[::2].set(-0.5).at[10].set(jnp.array([bad, 1.0]))
     tx = rmsprop(1e-3, state_dtype=state_dtype, **options)
-    state = tx.init(jnp.zeros(2))
-    _, updates = jax.jit(lambda g: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], state, g))(gradients)
+    _, updates, _ = follow(tx, gradients, jnp.zeros(2))
     # Its step is as long as a first one, 1/√(1-ρ), and once more the root of a code's step, and a centered one's.
     assert 1e-3 < abs(updates[10, 0]) < 1.5 * 1e-3 / np.sqrt(0.1 * 0.9)
     late = np.abs(updates[-400:]).mean(0)
@@ -506,19 +497,16 @@ def test_recovers_from_a_huge_gradient(options, state_dtype, bad):
     assert late[0] > 3e-4
 
 
-floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
 @settings(max_examples=100)
 @given(
-    gradients=st.lists(st.tuples(floats, floats), min_size=1, max_size=5),
+    gradients=st.lists(st.tuples(finite_floats, finite_floats), min_size=1, max_size=5),
     dtype=st.sampled_from([jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]),
     eps=st.sampled_from([0.0, 1e-30, 1e-8]),
     decay=st.sampled_from([0.0, 0.5, 0.999, 1.0]),
     options=st.sampled_from(list(OPTIONS.values())),
-    state_dtype=st.sampled_from(NARROW),
+    state_dtype=st.sampled_from(NARROW_DTYPES),
 )
-def test_no_nan_of_our_own(gradients, dtype, eps, decay, options, state_dtype):
+def test_finite_gradients_make_no_nan(gradients, dtype, eps, decay, options, state_dtype):
     tx = rmsprop(1e-3, decay, eps, state_dtype=state_dtype, **options)
     params = jnp.ones(2, dtype)
     state = tx.init(params)
@@ -533,7 +521,7 @@ def test_no_nan_of_our_own(gradients, dtype, eps, decay, options, state_dtype):
 # --- The argument -------------------------------------------------------------------------------------
 
 
-def test_what_it_takes():
+def test_the_allowed_values_of_state_dtype():
     for given_dtype, expected in ((None, "float32"), ("uint8", "uint8"), (np.uint8, "uint8"), ("bfloat16", "bfloat16")):
         assert scale_by_rms(state_dtype=given_dtype).init(jnp.ones(1)).nu.dtype == expected
     for bad in (jnp.int8, "float32", jnp.float16, np.float64, float, "anything", 8):
@@ -542,7 +530,7 @@ def test_what_it_takes():
                 make(state_dtype=bad)
 
 
-def test_inject_hyperparams_takes_it_as_a_string():
+def test_inject_hyperparams_takes_state_dtype_as_a_string():
     tx = optax.inject_hyperparams(rmsprop)(learning_rate=0.1, state_dtype="uint8")
     params = jnp.ones(2)
     updates, state = tx.update(params, tx.init(params))
@@ -553,8 +541,8 @@ def test_inject_hyperparams_takes_it_as_a_string():
 
 
 @pytest.mark.parametrize("dialect", dialects.DIALECTS, ids=lambda dialect: dialect.__name__)
-@pytest.mark.parametrize("state_dtype", NARROW)
-def test_every_dialect_has_it(dialect, state_dtype):
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
+def test_every_dialect_takes_state_dtype(dialect, state_dtype):
     rate = next(iter(inspect.signature(dialect).parameters))
     state = dialect(**{rate: 0.1}, state_dtype=state_dtype).init(jnp.ones((3, 2)))
     assert optax.tree.get(state, "nu").dtype == state_dtype
@@ -591,7 +579,7 @@ def test_from_rmsprop_turns_options_on_and_off():
     plain.update(grads, off)
 
 
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_from_rmsprop_changes_the_dtype_inside_a_chain(state_dtype):
     params = jnp.ones(4096)
     chains = [
@@ -602,7 +590,7 @@ def test_from_rmsprop_changes_the_dtype_inside_a_chain(state_dtype):
     for g in normal((3, 4096)):
         _, state = chains[0].update(g, state)
     narrow = interop.from_rmsprop(state, chains[1].init(params))
-    assert jax.tree.map(lambda x: x.dtype, narrow) == jax.tree.map(lambda x: x.dtype, chains[1].init(params))
+    assert dtypes(narrow) == dtypes(chains[1].init(params))
     assert narrow[1].count == 3
     np.testing.assert_allclose(values(narrow[1].nu).mean(), np.asarray(state[1].nu).mean(), rtol=0.02)
     # Rounded once: by at most a step of the code.
@@ -641,7 +629,7 @@ def test_interop_writes_values_and_not_codes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_trains_the_digits_as_float32_does(state_dtype, scale):
     """A network of two layers, three seeds at once; tests/benchmarks/training.py has the larger ones."""
 

@@ -4,7 +4,6 @@ One file per framework, with every tenth step of each case and the versions that
 resume/, a checkpoint at half of a run with the parameters there and at the end (resume.py).
 """
 
-import importlib.metadata
 import json
 import pathlib
 import platform
@@ -17,7 +16,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 import resume  # noqa: E402
-from frameworks import cases, FRAMEWORKS  # noqa: E402
+from frameworks import cases, FRAMEWORKS, version  # noqa: E402
 
 
 def flat(tree, path=""):
@@ -32,11 +31,11 @@ def flat(tree, path=""):
 
 
 def write_resume(name, versions):
-    source = resume.SOURCES[name]
-    for options in source.options:
+    framework = FRAMEWORKS[name]
+    for options in framework.resumed:
         arguments = resume.foreign(name, options)
-        middle, checkpoint = source.run(arguments, resume.ORIGIN, 0, resume.STOP)
-        end, _ = source.run(arguments, resume.ORIGIN, 0, resume.END)
+        middle, checkpoint = resume.run_framework(framework, arguments, resume.ORIGIN, 0, resume.STOP)
+        end, _ = resume.run_framework(framework, arguments, resume.ORIGIN, 0, resume.END)
         arrays = flat({"middle": middle, "end": end, "checkpoint": checkpoint})
         file = HERE / "resume" / f"{resume.case_name(name, options)}.npz"
         np.savez_compressed(file, versions=np.array(json.dumps(versions)), **arrays)
@@ -50,11 +49,10 @@ def write(name):
         assert np.isfinite(out).all(), (name, case)
         assert out.dtype == np.float32
         arrays[case] = out[9::10]
-    versions = {d: importlib.metadata.version(d) for d in (*framework.distributions, "numpy")}
+    versions = {d: version(d) for d in (*framework.distributions, "numpy")}
     versions["python"] = platform.python_version()
     np.savez_compressed(HERE / f"{name}.npz", versions=np.array(json.dumps(versions)), **arrays)
-    if name in resume.SOURCES:
-        write_resume(name, versions)
+    write_resume(name, versions)
     print(name, versions, len(arrays), "cases")
 
 

@@ -1,0 +1,362 @@
+"""How often it compiles, and what XLA makes of it: instructions, copies, collectives, targets."""
+
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training import train_state
+from helpers import ALIKE, CONFIGURATIONS, EVERYTHING, mesh_of, NARROW_DTYPES, normal, step_of
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from rmsprop_jax import rmsprop, round_params_stochastically
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "benchmarks"))
+
+import meshes
+
+
+ROUND = round_params_stochastically()
+W = jnp.ones((3, 2))
+
+
+def compiled_step(tx, params):
+    """A step as users compile it, with parameters and state donated."""
+    return jax.jit(step_of(tx), donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+
+
+# --- How often it compiles ------------------------------------------------------------------------------
+
+
+def test_an_eager_update_is_one_program(compilations):
+    params = [jnp.ones((5, i + 1)) for i in range(20)]
+    tx = rmsprop(0.1, **EVERYTHING)
+    state = tx.init(params)
+    with compilations() as compiled:
+        tx.update(params, state, params)
+    assert len(compiled) == 1
+
+
+def test_new_numbers_do_not_recompile(compilations):
+    params = {"w": jnp.ones((7, 3))}
+    options = EVERYTHING | {"eps": 1e-3}
+    tx = rmsprop(0.1, **options)
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    with compilations() as compiled:
+        tx.update(params, state, params)
+        for numbers in (
+            {"learning_rate": 0.2},
+            {"decay": 0.99},
+            {"eps": 1.0},
+            {"momentum": 0.5},
+            {"weight_decay": 0.0},
+        ):
+            rmsprop(**{"learning_rate": 0.1, **options, **numbers}).update(params, state, params)
+    assert compiled == []
+    with compilations() as compiled:  # and the watch itself works
+        rmsprop(0.1, **options | {"eps_in_sqrt": False}).update(params, state, params)
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_rate_set_under_inject_hyperparams_does_not_recompile(jit, compilations):
+    params = {"w": jnp.ones((7, 5))}
+    rates = [jnp.float32(rate) for rate in (0.1, 0.01, 0.001)]
+    tx = optax.inject_hyperparams(rmsprop)(learning_rate=0.1, momentum=0.9)
+    update, state = jax.jit(tx.update) if jit else tx.update, tx.init(params)
+    for _ in range(2):
+        _, state = update(params, state, params)
+    with compilations() as compiled:
+        for rate in rates:
+            state.hyperparams["learning_rate"] = rate
+            updates, state = update(params, state, params)
+    assert compiled == []
+    reference = rmsprop(lambda count: jnp.array([0.1, 0.1, 0.1, 0.01, 0.001])[count], momentum=0.9)
+    expected_state = reference.init(params)
+    for _ in range(5):
+        expected, expected_state = reference.update(params, expected_state)
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE)
+def test_a_loop_over_seeds_compiles_once(make, compilations):
+    """Flax keeps the transformation of a TrainState as static data."""
+    params = (jnp.ones((3, 5)), jnp.ones(5))
+    step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
+
+    def run():
+        state = train_state.TrainState.create(apply_fn=None, params=params, tx=make())
+        return step(state, params)
+
+    run()
+    with compilations() as compiled:
+        run()
+    assert compiled == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+@pytest.mark.parametrize("options", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+def test_the_second_step_is_the_program_of_the_first(options, dtype, compilations):
+    tx = rmsprop(5e-3, **options)
+    params = jnp.ones(3, dtype)
+    step = jax.jit(step_of(tx))
+    params, state = step(params, optax.tree.map_params(tx, lambda x: x, tx.init(params)), params)
+    with compilations() as compiled:
+        step(params, state, params)
+    assert compiled == []
+
+
+def test_a_grid_of_hyperparameters_is_one_program(compilations):
+    def train(rate, decay):
+        tx = rmsprop(rate, decay)
+        step = step_of(tx)
+        return jax.lax.scan(lambda carry, _: (step(*carry, carry[0]), None), (W, tx.init(W)), None, length=3)[0][0]
+
+    rates, decays = jnp.logspace(-4, -2, 4), jnp.array([0.5, 0.9, 0.99])
+    grid = jax.jit(jax.vmap(jax.vmap(train, (None, 0)), (0, None)))
+    with compilations() as compiled:
+        assert grid(rates, decays).shape == (4, 3, *W.shape)
+    assert len(compiled) == 1
+
+
+# On a mesh ...
+
+EVERY_SLOT = {"centered": True, "momentum": 0.9, "nesterov": True, "bias_correction": True, "initial_scale": 1.0}
+ON_A_MESH = [
+    {},
+    EVERY_SLOT,
+    {"state_dtype": jnp.uint8, "initial_scale": 1.0},
+    EVERY_SLOT | {"state_dtype": jnp.bfloat16},
+]
+
+
+def sharded(axis_type):
+    mesh = mesh_of(axis_type, (4, 2), ("x", "y"))
+    specs = {"w": P("x", None), "v": P(None, "y"), "b": P(("x", "y")), "r": P(), "c": P("y"), "s": P()}
+    shapes = {"w": (8, 6), "v": (3, 4), "b": (16,), "r": (5,), "c": (16,), "s": (16,)}
+    return {k: jax.device_put(normal(shapes[k]), NamedSharding(mesh, spec)) for k, spec in specs.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("options", ON_A_MESH)
+@pytest.mark.parametrize("jit_init", [False, True])
+def test_a_run_on_a_mesh_compiles_once(axis_type, options, jit_init, compilations):
+    params, grads = sharded(axis_type), sharded(axis_type)
+    tx = rmsprop(0.1, **options)
+    state = (jax.jit(tx.init) if jit_init else tx.init)(params)
+    step = jax.jit(step_of(tx))
+    with compilations() as compiled:
+        for _ in range(3):
+            params, state = step(params, state, grads)
+    assert len(compiled) == 1
+
+
+# --- How much there is to compile -----------------------------------------------------------------------
+
+
+def test_the_update_inlines_under_jit():
+    params = {"a": W, "b": W + 1, "c": jnp.ones(5)}
+    # The program is what counts: from jax 0.11 on an inlined function still shows in the jaxpr.
+    compiled = compiled_step(rmsprop(0.1), params).as_text()
+    entry = compiled[compiled.index("ENTRY") :]
+    assert " call(" not in compiled
+    # ν and the parameter of each leaf, and the count: nothing between update and apply_updates.
+    assert len(re.findall(r" fusion\(", entry)) == 2 * len(params) + 1
+
+
+def lowered_lines(tx, params):
+    """The lines of what jax hands to XLA."""
+    return len(jax.jit(tx.update).lower(params, tx.init(params), params).as_text().splitlines())
+
+
+@pytest.mark.parametrize("tx", [rmsprop(0.1, momentum=0.9, weight_decay=0.1), ROUND], ids=["rmsprop", "rounding"])
+def test_leaves_of_one_shape_are_lowered_once(tx):
+    leaf, other = jnp.ones((3, 2), jnp.bfloat16), jnp.ones(5, jnp.bfloat16)
+    one, four, two_shapes = (lowered_lines(tx, params) for params in ([leaf], [leaf] * 4, [leaf, other]))
+    assert four - one <= 3 * 2
+    assert two_shapes - one > 10
+
+
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
+def test_one_hash_for_all_leaves(state_dtype):
+    params = {name: jnp.ones(1000) for name in "abcdef"}
+    tx = rmsprop(0.1, state_dtype=state_dtype)
+    compiled = jax.jit(tx.update).lower(params, tx.init(params)).compile().as_text()
+    # The count and two numbers end in a remainder each. The XLA of jax 0.7.2 repeats them in every leaf all the same.
+    assert (len(re.findall(r" remainder\(", compiled)) == 3) == (jax.__version_info__ >= (0, 10))
+
+
+def instructions_per_leaf(tx):
+    """XLA's instructions for one more leaf of the same shape."""
+    with jax.numpy_rank_promotion("allow"):  # Optax's scalars
+        three, four = (compiled_step(tx, [jnp.ones(1000)] * leaves).as_text().count(" = ") for leaves in (3, 4))
+    return four - three
+
+
+@pytest.mark.parametrize(
+    ("limit", "options"),
+    [
+        (1.4, {}),
+        (1.4, {"centered": True}),
+        (1.5, {"momentum": 0.9}),
+        # The XLA of jax 0.7.2 repeats the hash in every leaf.
+        *(
+            []
+            if jax.__version_info__ < (0, 10)
+            else [(2.2, {"state_dtype": jnp.bfloat16}), (2.8, {"state_dtype": jnp.uint8})]
+        ),
+    ],
+)
+def test_a_leaf_has_at_most_a_few_more_instructions_than_optax(limit, options):
+    # The more there are, the longer XLA compiles. Optax's plain update has 27.
+    optaxs = optax.rmsprop(0.1, **{name: x for name, x in options.items() if name != "state_dtype"})
+    assert instructions_per_leaf(rmsprop(0.1, **options)) < limit * instructions_per_leaf(optaxs)
+
+
+def unrolled_instructions(updates, **options):
+    """The length of the program of so many updates in one jit."""
+    tx = rmsprop(1e-3, centered=True, momentum=0.9, **options)
+
+    def run(params, state):
+        for _ in range(updates):
+            step, state = tx.update(jnp.sin(params), state)
+            params = params + step
+        return params
+
+    params = jnp.ones(64)
+    return len(jax.jit(run).lower(params, tx.init(params)).compile().as_text().splitlines())
+
+
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
+def test_updates_in_one_program_are_not_recomputed_in_each_other(state_dtype):
+    # XLA may recompute what is kept, or the count, from the start wherever it is read. Then the program grows with the
+    # square of the updates or faster: for bfloat16 on jax 0.12, 14 updates took 17 s to compile, and 20 had no end.
+    assert unrolled_instructions(32, state_dtype=state_dtype) < 2.3 * unrolled_instructions(16, state_dtype=state_dtype)
+
+
+# --- Copies ---------------------------------------------------------------------------------------------
+
+
+NARROW = {"state_dtype": jnp.uint8}
+# What is kept in bfloat16. XLA's older CPU backends copy it.
+SIGNED = [
+    NARROW | {"centered": True},
+    {"state_dtype": jnp.bfloat16},
+    {"state_dtype": jnp.bfloat16, **EVERYTHING},
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9},
+        {"centered": True},
+        {"eps_in_sqrt": False},
+        EVERYTHING,
+        NARROW,
+        NARROW | {"momentum": 0.9},
+        NARROW | {"eps_in_sqrt": False, "bias_correction": True, "weight_decay": 0.1},
+        *([] if jax.__version_info__ < (0, 10) else SIGNED),
+    ],
+)
+def test_no_copy_of_the_state(options):
+    tx = rmsprop(1e-3, **options)
+    params = jnp.ones(1 << 16)
+    compiled = compiled_step(tx, params)
+    assert " fusion(" in compiled.as_text()  # the text is what we think it is
+    assert " copy(" not in compiled.as_text()
+    # XLA emits scalar instructions for it, and LLVM does not vectorize them where cores get unequal parts of an array.
+    assert " rsqrt(" not in compiled.as_text()
+    # Every donated buffer is used again: parameter, count and slots. And no array is made on the way.
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= params.nbytes + sum(x.nbytes for x in jax.tree.leaves(tx.init(params)))
+    assert memory.temp_size_in_bytes < 1000
+
+
+# --- Collectives ----------------------------------------------------------------------------------------
+
+
+def collectives(compiled):
+    return re.findall(r"\b(?:all-\w+|collective-\w+|reduce-scatter)[\w-]*\(", compiled.as_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ON_A_MESH)
+def test_an_update_has_no_collectives(options):
+    params = sharded(AxisType.Auto)
+    tx = rmsprop(0.1, **options)
+    compiled = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
+    assert "f32[2,6]" in compiled.as_text()  # one device's part of w
+    assert collectives(compiled) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"centered": True, "momentum": 0.9}])
+@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
+def test_init_and_updates_in_one_program_have_no_collectives(state_dtype, options):
+    tx = rmsprop(0.1, 0.99, state_dtype=state_dtype, **options)
+
+    def run(params, gradients):
+        state = tx.init(params)
+        for gradient in gradients:
+            updates, state = tx.update(gradient, state, params)
+        return updates, state
+
+    mesh = mesh_of()
+    params = jax.device_put(normal((64, 32)), NamedSharding(mesh, P("x")))
+    gradients = jax.device_put(normal((20, 64, 32), seed=1), NamedSharding(mesh, P(None, "x")))
+    assert collectives(jax.jit(run).lower(params, gradients).compile()) == []
+
+
+def test_rounding_has_no_collectives():
+    params = jax.device_put(normal((64, 8), jnp.bfloat16), NamedSharding(mesh_of(), P("x")))
+    compiled = jax.jit(ROUND.update).lower(params, ROUND.init(params), params).compile()
+    assert "bf16[8,8]" in compiled.as_text()
+    assert collectives(compiled) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("users_climate")
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layout", meshes.LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"centered": True, "momentum": 0.9}, {"state_dtype": jnp.uint8}], ids=str)
+def test_only_zero_1_sends_anything(options, layout, axis_type):
+    *_, update = meshes.place(rmsprop(1e-3, eps=1e-5, **options), meshes.make_mesh(axis_type), layout)
+    # It gathers each new parameter once, but for the ten that every device has.
+    assert meshes.collectives(update.as_text()) == ({"all-gather": 5} if layout == "ZeRO-1" else {})
+
+
+# --- Targets --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("eps_in_sqrt", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
+@pytest.mark.parametrize("state_dtype", [None, jnp.bfloat16, jnp.uint8])
+def test_lowers_for_every_target(state_dtype, bias_correction, centered, eps_in_sqrt, dtype):
+    for options in ({}, {"momentum": 0.9, "nesterov": True, "lr_in_momentum": False, "weight_decay": 0.1}):
+        tx = rmsprop(
+            lambda count: 0.1 / (1 + count.astype(jnp.float32)),
+            eps_in_sqrt=eps_in_sqrt,
+            centered=centered,
+            bias_correction=bias_correction,
+            state_dtype=state_dtype,
+            **options,
+        )
+        params = jax.ShapeDtypeStruct((8, 4), dtype)
+        state = jax.eval_shape(tx.init, params)
+        exported = export.export(jax.jit(tx.update), platforms=("cpu", "cuda", "tpu"))(params, state, params)
+        assert exported.platforms == ("cpu", "cuda", "tpu")
+        assert exported.out_avals[0].dtype == dtype
