@@ -157,22 +157,26 @@ SPREAD = {jnp.uint8: 0.5**0.5, jnp.bfloat16: 2**-3.5}
 COLUMNS = 256
 
 
-def kept_and_exact(decay, gradients, state_dtype, start=1.0):
-    """ν over time, in the state and in float64. Each column starts from another count, so that it has its own noise."""
-    tx = scale_by_rms(decay, initial_scale=start, state_dtype=state_dtype)
+def kept_and_exact(decay, gradients, state_dtype):
+    """ν over time from 1, in the state and in float64."""
+    exact, nu = [], np.ones(gradients.shape[1:])
+    for g in np.asarray(gradients, np.float64):
+        nu = decay * nu + (1 - decay) * g**2
+        exact.append(nu)
+    return np.asarray(kept_averages(decay, state_dtype, gradients), np.float64), np.stack(exact)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def kept_averages(decay, state_dtype, gradients):
+    # Each column starts from another count, so that it has its own noise.
     counts = jnp.arange(gradients.shape[1], dtype=jnp.int32) * 1_000_003
+    tx = scale_by_rms(decay, initial_scale=1.0, state_dtype=state_dtype)
 
     def step(state, g):
         state = jax.vmap(tx.update)(g, state)[1]
         return state, _storage.decode(state.nu)
 
-    state = jax.vmap(tx.init)(gradients[0])._replace(count=counts)
-    kept = jax.jit(lambda s, g: jax.lax.scan(step, s, g)[1])(state, gradients)
-    exact, nu = [], np.full(gradients.shape[1:], start)
-    for g in np.asarray(gradients, np.float64):
-        nu = decay * nu + (1 - decay) * g**2
-        exact.append(nu)
-    return np.asarray(kept, np.float64), np.stack(exact)
+    return jax.lax.scan(step, jax.vmap(tx.init)(gradients[0])._replace(count=counts), gradients)[1]
 
 
 def every(n, shape):
