@@ -1,4 +1,4 @@
-"""What several test files need: options, random arrays, runs, comparisons of trees, meshes, compiled steps."""
+"""Shared by several test files: options, random arrays, meshes, comparisons of trees, runs."""
 
 import functools
 
@@ -18,7 +18,7 @@ from rmsprop_jax import rmsprop, scale_by_rms
 EVERYTHING = {"centered": True, "momentum": 0.9, "bias_correction": True, "weight_decay": 0.1}
 # With an average of one that never moves, RMSProp is gradient descent, to the last bit.
 SGD = {"decay": 1.0, "eps": 0.0, "initial_scale": 1.0}
-# What Optax's own tests are run with, and what only we have.
+# As Optax tests its own optimizers, and with options that only we have.
 CONFIGURATIONS = {
     "plain": {},
     "momentum": {"momentum": 0.9},

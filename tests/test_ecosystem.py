@@ -28,7 +28,7 @@ OPTAX = {"rmsprop": optax.rmsprop, "scale_by_rms": optax.scale_by_rms}
 
 
 def run(name, optimizers=OURS, **names):
-    """Executes README's line for `name`, and returns what it assigns."""
+    """Executes README's line for `name`, and returns the value that it assigns."""
     namespace = NAMES | optimizers | names
     exec(LINES[name], namespace)
     return namespace[LINES[name].partition(" = ")[0].split(",")[0].strip("(")]
@@ -40,7 +40,7 @@ def test_every_line_of_the_table_is_found():
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_line_of_the_table_runs_as_it_stands(name):
-    """Each line; what comes of most of them is checked below."""
+    """Every line runs. The results of most are checked below."""
     tx, params = rmsprop(0.1), {"kernels": jnp.ones(3), "rest": jnp.ones(2)}
     linear = eqx.nn.Linear(2, 2, key=jax.random.key(0)) if name == "Equinox" else nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     linear = nn.Dense(2) if name == "Flax Linen" else linear
@@ -324,7 +324,7 @@ def test_a_grid_of_hyperparameters_trains_at_every_point():
     alone = jax.jit(train)
     for i, rate in enumerate(rates):
         np.testing.assert_allclose(losses[i, 1, :20], alone(rate, decays[1])[:20], rtol=1e-3)
-    # A good rate and a poor one: the grid's axes mean what they say.
+    # A good rate and a poor one: the axes of the grid are not swapped.
     assert 10 * losses[:, 1, -1].min() < losses[0, 1, 0]
     assert losses[:, 1, -1].min() < losses[0, 1, -1] / 4
 
@@ -332,7 +332,7 @@ def test_a_grid_of_hyperparameters_trains_at_every_point():
 # --- Frameworks ---------------------------------------------------------------------------------------
 
 
-# Each gives what a step changes, and a step from one to the next and the loss.
+# Each returns a carry, and a step from one carry to the next and the loss.
 
 
 def with_nnx(optimizers, images, labels):

@@ -1,4 +1,4 @@
-"""The lift: trees, leaves, dtypes, compilation, donation. What holds for one option holds for all: few options here."""
+"""The lift: trees, leaves, dtypes, donation. It treats all options alike, so these tests use few of them."""
 
 import concurrent.futures
 import copy

@@ -1,4 +1,4 @@
-"""bfloat16 parameters: right in the mean, the same everywhere, and at home in every loop."""
+"""bfloat16 parameters, rounded: right in the mean, the same on every layout, and in other people's loops."""
 
 import equinox as eqx
 import jax
@@ -159,7 +159,7 @@ def test_the_result_is_a_neighbour_of_the_exact_sum(p, u, step):
     assert abs(end - exact) <= 2.5 * max(unit(exact), unit(float(u)) if u else 0)
 
 
-# --- What it leaves alone ---------------------------------------------------------------------------------
+# --- Numbers that it does not change ----------------------------------------------------------------------
 
 
 def test_an_update_of_zero_changes_no_bit():
@@ -196,7 +196,7 @@ def test_other_leaves_and_dtypes_pass_through():
         "x": None,
     }
     changed, state = ROUND.update(updates, ROUND.init(params), params)
-    for name in ("f", "h"):  # float16, too, passes through as it is
+    for name in ("f", "h"):  # float16 passes through as it is
         np.testing.assert_array_equal(changed[name], updates[name])
     assert changed["b"].dtype == jnp.float32
     assert changed["n"] is changed["x"] is None
