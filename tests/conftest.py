@@ -1,11 +1,16 @@
-"""The climate: eight CPU devices, no silent rank or dtype promotion, and (pyproject.toml) no warnings."""
+"""Settings for all tests: eight CPU devices, no silent rank or dtype promotion, and (pyproject.toml) no warnings."""
 
 import contextlib
+import pathlib
+import sys
 
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
+
+# Tests import from these folders as from this one.
+sys.path += [str(pathlib.Path(__file__).parent / folder) for folder in ("benchmarks", "golden")]
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -29,7 +29,7 @@ from problems import grads, START, STEPS, trajectory
 from rmsprop_jax import dialects, interop, rmsprop
 
 
-# A warm-up, then a staircase: what makes the learning rate's place in the buffer matter.
+# A warm-up, then a staircase, so that it matters whether the momentum buffer holds the learning rate.
 RATES = np.float32([3e-3 * min((t + 1) / 20, 0.97 ** (t // 4)) for t in range(STEPS)])
 CONSTANT = np.full(STEPS, np.float32(3e-3))
 
@@ -179,7 +179,7 @@ class Keras(Runner):
 
 
 class TensorFlow2(Runner):
-    """What runs eagerly on TensorFlow's variables."""
+    """An optimizer that runs eagerly on TensorFlow's variables."""
 
     def make(self, rate: Any, **arguments: Any) -> Callable[[list[Any], list[Any]], Any]:
         """The optimizer's method that takes gradients and variables. `rate` is a variable."""
@@ -400,7 +400,7 @@ class Dreamer(Optax):
         )
 
     def source(self) -> dict[str, Any]:
-        """What its file defines, without the rest of its package."""
+        """The definitions in its file, without the rest of its package."""
         file = pathlib.Path(os.environ["DREAMERV3"]) / "embodied" / "jax" / "opt.py"
         source = file.read_text().replace(
             "from . import", "import types; internal = nets = nj = types.SimpleNamespace() #"
@@ -442,7 +442,7 @@ class Framework(NamedTuple):
     parts: tuple[str, ...] = ("p",)  # names of the two tensors, where more than one matters
     resumed: Sequence[dict[str, Any]] = ()  # options of the runs that go on from a checkpoint
     read: Callable[[Any], Any] | None = None  # checkpoint -> our state
-    write: Callable[[Any], Any] | None = None  # our state -> what the runner loads
+    write: Callable[[Any], Any] | None = None  # our state -> a checkpoint that the runner loads
 
     def run(self, arguments: dict[str, Any], rates: np.ndarray) -> np.ndarray:
         """The framework's own trajectory of the vector."""
@@ -460,7 +460,7 @@ class Framework(NamedTuple):
 
 
 def loss_scale(arguments: dict[str, Any]) -> float:
-    """What the framework expects that the loss was multiplied by."""
+    """The factor by which the framework expects the loss to be multiplied."""
     return arguments.get("loss_scale_factor", arguments.get("loss_scale", 1))
 
 
@@ -623,7 +623,7 @@ def in_two(tx: Any, first: str = "0", second: str = "1") -> optax.GradientTransf
 
 
 def ours(framework: Framework, arguments: dict[str, Any], rates: np.ndarray) -> np.ndarray:
-    """The dialect's trajectory; a maximizing one sees the gradients that the framework sees."""
+    """The dialect's trajectory, with the gradients that the framework gets."""
     arguments = dict(arguments)
     if arguments.get("corrected_weight_decay"):
         arguments["max_lr"] = float(rates.max())

@@ -1,4 +1,4 @@
-"""What several test files need: options, random arrays, runs, comparisons of trees, meshes, compiled steps."""
+"""Shared by several test files: options, random arrays, meshes, comparisons of trees, runs."""
 
 import functools
 
@@ -18,7 +18,7 @@ from rmsprop_jax import rmsprop, scale_by_rms
 EVERYTHING = {"centered": True, "momentum": 0.9, "bias_correction": True, "weight_decay": 0.1}
 # With an average of one that never moves, RMSProp is gradient descent, to the last bit.
 SGD = {"decay": 1.0, "eps": 0.0, "initial_scale": 1.0}
-# What Optax's own tests are run with, and what only we have.
+# As Optax tests its own optimizers, and with options that only we have.
 CONFIGURATIONS = {
     "plain": {},
     "momentum": {"momentum": 0.9},
@@ -95,15 +95,19 @@ def assert_close(tree, other, rtol=0.0, atol=0.0):
 # --- Runs -----------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def follow(tx, gradients, params):
-    """The last parameters, all updates and the last state of a run that gets these gradients, in one compiled scan."""
+    """The last parameters, all updates and the last state of a run that gets these gradients, in one scan.
+
+    Transformations made alike are equal, so tests that differ in their gradients share one compiled run.
+    """
 
     def step(carry, gradient):
         params, state = carry
         updates, state = tx.update(gradient, state, params)
         return (optax.apply_updates(params, updates), state), updates
 
-    (params, state), updates = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g))(params, gradients)
+    (params, state), updates = jax.lax.scan(step, (params, tx.init(params)), gradients)
     return params, updates, state
 
 

@@ -1,5 +1,7 @@
 """A problem whose gradient depends on the parameters, so that an error feeds back, at many scales; and the digits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,16 +26,19 @@ def grads(p, t):
 
 
 def trajectory(tx, start=START, steps=STEPS, grads=grads):
-    """The parameters after each step of an Optax transformation, in one compiled scan."""
-    params = jax.numpy.asarray(start)
+    """The parameters, an array or a tree, after each step of an Optax transformation, in one compiled scan."""
+    return jax.tree.map(np.asarray, _scanned(tx, steps, grads, jax.tree.map(jnp.asarray, start)))
 
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _scanned(tx, steps, grads, params):
     def step(carry, t):
         params, state = carry
         updates, state = tx.update(grads(params, t), state, params)
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    return np.asarray(jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), jax.numpy.arange(steps))[1])(params))
+    return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))[1]
 
 
 def distance(ours, theirs, start=START):

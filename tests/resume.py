@@ -87,7 +87,7 @@ class Recorded(NamedTuple):
 
 
 def recorded(name: str, options: dict[str, Any]) -> Recorded:
-    """What golden/make.py kept of a run."""
+    """A run that golden/make.py recorded."""
     golden = np.load(RECORDED / f"{case_name(name, options)}.npz")
     middle, end = ({k: golden[f"/{part}/{k}"] for k in SHAPES} for part in ("middle", "end"))
     entries = {k.removeprefix("/checkpoint/"): golden[k] for k in golden if k.startswith("/checkpoint/")}

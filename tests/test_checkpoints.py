@@ -2,8 +2,8 @@
 
 import json
 import pathlib
-import sys
 
+import earlier
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +18,6 @@ from rmsprop_jax import interop, rmsprop, RMSPropState
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-sys.path.append(str(GOLDEN))
-import earlier  # noqa: E402
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("users_climate")]
@@ -110,7 +108,7 @@ def test_a_restored_state_is_carried_over_to_other_options(tmp_path, old, new, c
     assert types(carried) == types(after.init(params))
     if old == new:
         assert_equal(carried, state)
-    # E[g²] is what both states have in common: to within a rounding of what keeps it now.
+    # Both states have E[g²] in common. It is carried over to within one rounding of its new dtype.
     plain = make(rmsprop(1e-3)).init(params)
     second, expected = (optax.tree.get(interop.from_rmsprop(s, plain), "nu") for s in (carried, kept))
     for k in params:

@@ -156,7 +156,7 @@ def test_init_on_abstract_parameters(options):
     assert state.nu.shape == (2, 4, 8)
 
 
-# --- Wrappers: around ours they do what they do around Optax's, or around exact SGD -----------------------
+# --- Wrappers: the same results around ours as around Optax's, or around exact SGD ------------------------
 # (Those of README's table are in test_ecosystem.py.)
 
 

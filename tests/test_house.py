@@ -1,4 +1,4 @@
-"""The house: README, CHANGELOG, layout and imports are what they say."""
+"""The repository: README, CHANGELOG, notebooks, layout and imports agree with each other."""
 
 import ast
 import json
@@ -74,7 +74,7 @@ def test_every_notebook_is_in_the_index():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_kept_with_outputs_and_explains_its_figures(path):
-    """.ci/run executes it; here is what a reader of the repository sees."""
+    """This checks the outputs that are committed. .ci/run executes the notebook."""
     cells = json.loads(path.read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert "".join(code[0]["source"]) == INSTALL

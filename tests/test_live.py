@@ -53,7 +53,7 @@ def test_live_trajectories(name, case, arguments, rates):
     assert distance(ours(framework, arguments, rates), theirs) < 1e-5
 
 
-# dialect: (framework, module, class, what it has and we leave out)
+# dialect: (framework, module, class, arguments that we leave out)
 SIGNATURES = {
     "pytorch": ("torch", "torch.optim", "RMSprop", {"params"}),
     "stable_baselines3": (
@@ -72,7 +72,7 @@ SIGNATURES = {
 }
 
 
-# What frameworks switch off with a number has the default None here.
+# Where a framework switches something off with a number, our default is None.
 OFF = {"momentum": 0, "weight_decay": 0, "loss_scale": 1, "optim_bits": 32, "min_8bit_size": 4096}
 
 

@@ -1,11 +1,10 @@
 """Training on a mesh, laid out in each of the usual ways: one device's numbers, bytes divided, nothing sent."""
 
 import functools
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -14,14 +13,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from rmsprop_jax import rmsprop
 
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "benchmarks"))
-
-import meshes
-
-
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("users_climate")]
 
-# eps above what rounding makes of a gradient that cancels: without it a last bit decides where such an element steps.
+# Larger than the rounding error of a gradient that cancels: otherwise the last bit decides where such an element steps.
 EPS = 1e-5
 OPTIONS = {"plain": {}, "all slots": {"centered": True, "momentum": 0.9}, "uint8": {"state_dtype": jnp.uint8}}
 STATE_BYTES = {"plain": 4, "all slots": 12, "uint8": 1}
@@ -68,7 +62,7 @@ def losses(name, layout, axis_type=AxisType.Auto, shape=(4, 2)):
 
 def assert_one_devices(values, name):
     alone = losses(name, "data parallel", shape=(1, 1))
-    # Sums over the batch are formed in another order. What that changes in a gradient's last bits grows, and
+    # Sums over the batch are formed in another order. The difference in a gradient's last bits grows, and
     # in uint8 it changes the bits of the rounding at once.
     at_first, later = (5e-3, 0.2) if name == "uint8" else (1e-5, 2e-3)
     np.testing.assert_allclose(values[:8], alone[:8], rtol=at_first)
@@ -77,7 +71,7 @@ def assert_one_devices(values, name):
     assert values[-1] < values[0] / 3
 
 
-# What Explicit axes change is types, and those do not depend on the options.
+# Explicit axes change only types, and those do not depend on the options.
 @pytest.mark.parametrize(
     ("name", "axis_type"), [*((name, AxisType.Auto) for name in OPTIONS), ("all slots", AxisType.Explicit)]
 )

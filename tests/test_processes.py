@@ -1,4 +1,4 @@
-"""Several real processes: equal parameters on all, one process's run, and bit for bit the same after a kill."""
+"""Several real processes: they agree with each other and with a single one, and a killed run resumes bit for bit."""
 
 import contextlib
 import os
@@ -60,7 +60,7 @@ class Job:
         return "".join(log.read_text() for log in self.logs)
 
     def result(self):
-        """What every process had at the end."""
+        """The last parameters and state of every process."""
         codes = [process.wait(timeout=400) for process in self.processes]
         assert codes == [0] * len(codes), self.log()
         return [list(np.load(file).values()) for file in self.out]

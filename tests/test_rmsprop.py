@@ -189,7 +189,7 @@ def test_exact_values(options, expected):
         assert value is None or isinstance(value, tuple) or params == value
 
 
-# --- What breaks other implementations ------------------------------------------------------------------
+# --- Inputs that break other implementations -------------------------------------------------------------
 
 ALL_FLAGS = grid(FLAGS, [{}, {"momentum": 0.9, "nesterov": True}])
 
@@ -296,7 +296,7 @@ def test_an_average_of_huge_gradients_stays_finite(options, decay):
     ("state_dtype", "wide"), [("complex64", False), ("complex64", True), ("float32", True), ("float32", False)]
 )
 def test_huge_gradients_of_any_precision_leave_room(options, state_dtype, wide):
-    """Both components at the limit, and signs that make g - μ twice as large: what the bound's 16 is for."""
+    """Both components at the limit, and signs that make g - μ twice as large: the bound leaves a factor of 16 for this."""
     with jax.enable_x64(wide):
         dtype = jnp.dtype(state_dtype)
         complex_ = jnp.issubdtype(dtype, jnp.complexfloating)

@@ -1,4 +1,4 @@
-"""One and two bytes: the codes against arithmetic, the rounding against its promises, and what training makes of it."""
+"""States of one and two bytes: the codes, their stochastic rounding, and training with them."""
 
 import functools
 import inspect
@@ -28,7 +28,7 @@ _store = jax.jit(_storage.encode, static_argnums=1)
 
 
 def stored(values, dtype, noise):
-    """What is kept of the values with this very noise."""
+    """The codes of the values, rounded with this noise."""
     values, noise = np.broadcast_arrays(np.float32(values), np.uint32(noise))
     return _store(values, dtype, noise)
 
@@ -157,22 +157,26 @@ SPREAD = {jnp.uint8: 0.5**0.5, jnp.bfloat16: 2**-3.5}
 COLUMNS = 256
 
 
-def kept_and_exact(decay, gradients, state_dtype, start=1.0):
-    """ν over time, in the state and in float64. Each column starts from another count, so that it has its own noise."""
-    tx = scale_by_rms(decay, initial_scale=start, state_dtype=state_dtype)
+def kept_and_exact(decay, gradients, state_dtype):
+    """ν over time from 1, in the state and in float64."""
+    exact, nu = [], np.ones(gradients.shape[1:])
+    for g in np.asarray(gradients, np.float64):
+        nu = decay * nu + (1 - decay) * g**2
+        exact.append(nu)
+    return np.asarray(kept_averages(decay, state_dtype, gradients), np.float64), np.stack(exact)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def kept_averages(decay, state_dtype, gradients):
+    # Each column starts from another count, so that it has its own noise.
     counts = jnp.arange(gradients.shape[1], dtype=jnp.int32) * 1_000_003
+    tx = scale_by_rms(decay, initial_scale=1.0, state_dtype=state_dtype)
 
     def step(state, g):
         state = jax.vmap(tx.update)(g, state)[1]
         return state, _storage.decode(state.nu)
 
-    state = jax.vmap(tx.init)(gradients[0])._replace(count=counts)
-    kept = jax.jit(lambda s, g: jax.lax.scan(step, s, g)[1])(state, gradients)
-    exact, nu = [], np.full(gradients.shape[1:], start)
-    for g in np.asarray(gradients, np.float64):
-        nu = decay * nu + (1 - decay) * g**2
-        exact.append(nu)
-    return np.asarray(kept, np.float64), np.stack(exact)
+    return jax.lax.scan(step, jax.vmap(tx.init)(gradients[0])._replace(count=counts), gradients)[1]
 
 
 def every(n, shape):
@@ -294,7 +298,7 @@ def test_every_update_and_slot_has_its_own_seeds():
 
 @pytest.mark.parametrize("others", [{}, {"centered": True}])
 def test_a_slot_is_rounded_by_its_own_seeds_whatever_else_is_on(others):
-    # With an average of one that never moves u is g, and with a rate of 1 the buffer is g, too, before it is rounded.
+    # With an average that stays one, u is g. With a rate of 1 the buffer is also g, before it is rounded.
     g, first = normal((512,)), jnp.int32(1)
 
     def expected(slot, exact):
@@ -431,7 +435,7 @@ def test_the_mean_trajectory_is_that_of_float32(state_dtype, dtype, options):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_a_slow_buffer_reaches_its_limit(state_dtype, sign):
-    # 0.999 b + 0.001 of what b will be: rounded to nearest it would stop at half a step of its code.
+    # Each update moves b by 0.001 of the way: rounded to nearest it would stop at half a step of its code.
     tx = rmsprop(1e-2, 0.5, momentum=0.999, state_dtype=state_dtype)
     *_, state = follow(tx, sign * (1 + 0.01 * normal((8000, 1024))), jnp.zeros(1024))
     # In the mean a step is a few percent longer for ν's noise, and a buffer's noise is half a step of its code.

@@ -56,7 +56,7 @@ def main() -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "orbax", kept)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "optax", "orbax-checkpoint")}
-    # The checkpoint holds bits. These numbers are what they mean.
+    # The checkpoint holds bits. These are their values.
     nu = {}
     for name, x in kept.items():
         wide = transformation({**CASES[name], "state_dtype": None}).init(x["params"])

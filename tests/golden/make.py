@@ -20,7 +20,7 @@ from frameworks import cases, FRAMEWORKS, version  # noqa: E402
 
 
 def flat(tree, path=""):
-    """Arrays by path; what is not an array as JSON."""
+    """Arrays by path, and everything else as JSON."""
     if isinstance(tree, dict):
         return {k: v for name, x in tree.items() for k, v in flat(x, f"{path}/{name}").items()}
     if isinstance(tree, list) and tree and isinstance(tree[0], tuple):
