@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from frameworks import is_here, sb3_class, timm_class, torch_class
+from frameworks import is_here, StableBaselines3, Timm, Torch
 
 from rmsprop_jax import dialects, interop
 
@@ -128,8 +128,8 @@ def test_torch_complex_parameters(options):
 def test_classes_tell_each_other_apart():
     import torch
 
-    classes = {"from_pytorch": torch_class(), "from_timm": timm_class(), "from_stable_baselines3": sb3_class()}
-    for writer, make in classes.items():
+    classes = {"from_pytorch": Torch, "from_timm": Timm, "from_stable_baselines3": StableBaselines3}
+    for writer, make in ((name, runner.optimizer_class()) for name, runner in classes.items()):
         p = torch.nn.Parameter(torch.ones(3))
         optimizer = make([p], lr=0.1)
         p.grad = torch.ones_like(p)

@@ -78,7 +78,7 @@ def in_terms_of(node: Any, row: Row) -> Row:
 
 def _from_optax(row: Row) -> Row:
     nu, mu, trace = (None if x is None else jnp.asarray(x, _storage.compute_dtype(x.dtype)) for x in row)
-    nu = jnp.real(nu)  # complex there, with an imaginary part of zero
+    nu = None if nu is None else nu.real  # complex there, with an imaginary part of zero
     return Row(nu if mu is None else variance(nu, mu), mu, None if trace is None else -trace)
 
 
