@@ -67,7 +67,8 @@ class Runner:
 
 
 class Torch(Runner):
-    def optimizer_class(self):
+    @staticmethod
+    def optimizer_class():
         import torch
 
         return torch.optim.RMSprop
@@ -118,24 +119,28 @@ def past_init(module: str) -> Any:
 
 
 class Timm(Torch):
-    def optimizer_class(self):
+    @staticmethod
+    def optimizer_class():
         return past_init("timm.optim.rmsprop_tf").RMSpropTF  # timm imports torchvision, which CPU builds lack
 
 
 class Pfrl(Torch):
-    def optimizer_class(self):
+    @staticmethod
+    def optimizer_class():
         return past_init("pfrl.optimizers.rmsprop_eps_inside_sqrt").RMSpropEpsInsideSqrt  # pfrl imports gym
 
 
 class StableBaselines3(Torch):
-    def optimizer_class(self):
+    @staticmethod
+    def optimizer_class():
         from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
         return RMSpropTFLike
 
 
 class Bitsandbytes(Torch):
-    def optimizer_class(self):
+    @staticmethod
+    def optimizer_class():
         import bitsandbytes
 
         return bitsandbytes.optim.RMSprop32bit

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from frameworks import is_here, sb3_class, timm_class, torch_class
+from frameworks import is_here, StableBaselines3, Timm, Torch
 
 from rmsprop_jax import dialects, interop
 
@@ -128,7 +128,11 @@ def test_torch_complex_parameters(options):
 def test_classes_tell_each_other_apart():
     import torch
 
-    classes = {"from_pytorch": torch_class(), "from_timm": timm_class(), "from_stable_baselines3": sb3_class()}
+    classes = {
+        "from_pytorch": Torch.optimizer_class(),
+        "from_timm": Timm.optimizer_class(),
+        "from_stable_baselines3": StableBaselines3.optimizer_class(),
+    }
     for writer, make in classes.items():
         p = torch.nn.Parameter(torch.ones(3))
         optimizer = make([p], lr=0.1)
