@@ -128,8 +128,12 @@ def test_torch_complex_parameters(options):
 def test_classes_tell_each_other_apart():
     import torch
 
-    classes = {"from_pytorch": Torch, "from_timm": Timm, "from_stable_baselines3": StableBaselines3}
-    for writer, make in ((name, runner.optimizer_class()) for name, runner in classes.items()):
+    classes = {
+        "from_pytorch": Torch.optimizer_class(),
+        "from_timm": Timm.optimizer_class(),
+        "from_stable_baselines3": StableBaselines3.optimizer_class(),
+    }
+    for writer, make in classes.items():
         p = torch.nn.Parameter(torch.ones(3))
         optimizer = make([p], lr=0.1)
         p.grad = torch.ones_like(p)
