@@ -390,6 +390,8 @@ def test_a_state_of_other_options_is_refused():
         full.update(W, plain.init(W))
     with pytest.raises(ValueError, match=r"state\.trace is not None: the state was made with other options"):
         plain.update(W, full.init(W))
+    with pytest.raises(ValueError, match=r"state\.nu is None: the state was made with other options"):
+        plain.update(W, RMSPropState(jnp.int32(0), None))
 
 
 def test_params_are_not_looked_at_without_weight_decay():

@@ -13,7 +13,16 @@ from helpers import assert_equal, dtypes, finite_floats, follow, NARROW_DTYPES, 
 from hypothesis import example, given, settings, strategies as st
 from problems import train_digits
 
-from rmsprop_jax import _bits, _storage, dialects, interop, rmsprop, RMSPropState, scale_by_rms
+from rmsprop_jax import (
+    _bits,
+    _storage,
+    dialects,
+    interop,
+    rmsprop,
+    RMSPropState,
+    round_params_stochastically,
+    scale_by_rms,
+)
 
 
 # Every value that uint8 can hold: 7 bits of exponent, 1 of mantissa, from 2⁻⁹⁰.
@@ -552,6 +561,15 @@ def test_every_dialect_takes_state_dtype(dialect, state_dtype):
     assert optax.tree.get(state, "nu").dtype == state_dtype
     state = dialect(**{rate: 0.1}).init(jnp.ones((3, 2)))
     assert optax.tree.get(state, "nu").dtype == jnp.float32
+
+
+def test_accumulation_adds_four_bytes():
+    """As the README says: three bytes for a parameter and its state become seven."""
+    params = jnp.ones((100, 10), jnp.bfloat16)
+    tx = optax.chain(rmsprop(0.1, state_dtype=jnp.uint8), round_params_stochastically())
+    for make, state_bytes in ((tx, 1), (optax.MultiSteps(tx, 2), 5)):
+        held = sum(x.nbytes for x in jax.tree.leaves(make.init(params)))
+        assert held // params.size == state_bytes
 
 
 def test_bytes_of_a_state():
