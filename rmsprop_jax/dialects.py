@@ -118,6 +118,8 @@ def _dialect(framework: str, rate: float | None = None) -> Callable[[Callable[_P
 
 def _arguments(dialect: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     """All arguments of a call by name, the learning rate under the framework's name for it."""
+    if dialect not in _ENTRIES:
+        raise TypeError(f"{dialect!r} is no dialect: allowed are {', '.join(d.__name__ for d in _ENTRIES)}")
     entry = _ENTRIES[dialect]
     given = entry.signature.bind(*args, **kwargs).arguments
     own, *_ = entry.signature.parameters
@@ -444,7 +446,7 @@ def timm(
     decoupled, decay = _flag("decoupled_decay", decoupled_decay), weight_decay
     if _flag("corrected_weight_decay", corrected_weight_decay):
         largest = lr if max_lr is None else _positive("max_lr", max_lr)
-        if callable(largest) or (max_lr is None and _traced(largest)):
+        if callable(largest) or (max_lr is None and (_traced(largest) or largest == 0)):
             raise ValueError("corrected_weight_decay=True needs max_lr, the rate that timm's constructor got")
         if decoupled and _off(weight_decay) is not None:
             strength = _number("weight_decay", weight_decay)
@@ -898,9 +900,9 @@ def options(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
 
         >>> tx = rmsprop(**options(pytorch, momentum=0.9) | {"learning_rate": 3e-4})
     """
-    own, *_ = _ENTRIES[dialect].signature.parameters
+    own, *_ = inspect.signature(dialect).parameters
     no_rate = {} if {own, "learning_rate"} & arguments.keys() else {own: None}  # where it is required
-    row = _row_of(dialect)(**_arguments(dialect, **arguments | no_rate))
+    row = inspect.unwrap(dialect)(**_arguments(dialect, **arguments | no_rate))
     bound = inspect.signature(rmsprop).bind(**row.options)
     bound.apply_defaults()
     return bound.arguments
