@@ -298,12 +298,7 @@ def dreamer(
         raise ValueError(f"anneal={anneal!r}: with schedule={schedule!r} it must be larger than warmup={warmup!r}")
 
     def rate(count: Any) -> jax.Array:
-        return _annealed(_at(lr, count), count, schedule, warmup, anneal) * correction(count)
-
-    def correction(count: Any) -> jax.Array:
-        """Makes a momentum buffer of βᵗ⁻ⁱ u a bias corrected average."""
-        beta = jnp.asarray(beta1, jnp.float32)
-        return (1 - beta) / (1 - beta ** (jnp.asarray(count, jnp.float32) + 1))
+        return _annealed(_at(lr, count), count, schedule, warmup, anneal) * _to_average(beta1, count)
 
     def by_path(params: optax.Params) -> Any:
         return jax.tree.map_with_path(lambda path, _: _matches(wdregex, path), params)
@@ -312,7 +307,7 @@ def dreamer(
     if wd is not None:
         strength = _number("wd", wd)
         # The decay is not averaged: divide by what corrects the average.
-        decaying["weight_decay"] = lambda count: strength / correction(count)
+        decaying["weight_decay"] = lambda count: strength / _to_average(beta1, count)
         decaying["weight_decay_mask"] = by_path if weight_decay_mask is None else weight_decay_mask
     return Row(
         _options(
@@ -961,6 +956,12 @@ def _options(**options: Any) -> dict[str, Any]:
 def _at(value: Any, count: Any) -> jax.Array:
     """A number, or the value of a schedule."""
     return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+
+
+def _to_average(beta: Any, count: Any) -> jax.Array:
+    """The factor that makes a momentum buffer, Σ βᵗ⁻ⁱ uᵢ, a bias-corrected average."""
+    beta = jnp.asarray(beta, jnp.float32)
+    return (1 - beta) / (1 - beta ** (jnp.asarray(count, jnp.float32) + 1))
 
 
 def _annealed(rate: jax.Array, count: Any, schedule: str, warmup: Any, anneal: Any) -> jax.Array:
