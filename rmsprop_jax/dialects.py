@@ -118,6 +118,8 @@ def _dialect(framework: str, rate: float | None = None) -> Callable[[Callable[_P
 
 def _arguments(dialect: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     """All arguments of a call by name, the learning rate under the framework's name for it."""
+    if dialect not in _ENTRIES:
+        raise TypeError(f"{dialect!r} is no dialect: allowed are {', '.join(d.__name__ for d in _ENTRIES)}")
     entry = _ENTRIES[dialect]
     given = entry.signature.bind(*args, **kwargs).arguments
     own, *_ = entry.signature.parameters
@@ -296,12 +298,7 @@ def dreamer(
         raise ValueError(f"anneal={anneal!r}: with schedule={schedule!r} it must be larger than warmup={warmup!r}")
 
     def rate(count: Any) -> jax.Array:
-        return _annealed(_at(lr, count), count, schedule, warmup, anneal) * correction(count)
-
-    def correction(count: Any) -> jax.Array:
-        """Makes a momentum buffer of βᵗ⁻ⁱ u a bias corrected average."""
-        beta = jnp.asarray(beta1, jnp.float32)
-        return (1 - beta) / (1 - beta ** (jnp.asarray(count, jnp.float32) + 1))
+        return _annealed(_at(lr, count), count, schedule, warmup, anneal) * _to_average(beta1, count)
 
     def by_path(params: optax.Params) -> Any:
         return jax.tree.map_with_path(lambda path, _: _matches(wdregex, path), params)
@@ -310,7 +307,7 @@ def dreamer(
     if wd is not None:
         strength = _number("wd", wd)
         # The decay is not averaged: divide by what corrects the average.
-        decaying["weight_decay"] = lambda count: strength / correction(count)
+        decaying["weight_decay"] = lambda count: strength / _to_average(beta1, count)
         decaying["weight_decay_mask"] = by_path if weight_decay_mask is None else weight_decay_mask
     return Row(
         _options(
@@ -444,7 +441,7 @@ def timm(
     decoupled, decay = _flag("decoupled_decay", decoupled_decay), weight_decay
     if _flag("corrected_weight_decay", corrected_weight_decay):
         largest = lr if max_lr is None else _positive("max_lr", max_lr)
-        if callable(largest) or (max_lr is None and _traced(largest)):
+        if callable(largest) or (max_lr is None and (_traced(largest) or largest == 0)):
             raise ValueError("corrected_weight_decay=True needs max_lr, the rate that timm's constructor got")
         if decoupled and _off(weight_decay) is not None:
             strength = _number("weight_decay", weight_decay)
@@ -898,9 +895,9 @@ def options(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
 
         >>> tx = rmsprop(**options(pytorch, momentum=0.9) | {"learning_rate": 3e-4})
     """
-    own, *_ = _ENTRIES[dialect].signature.parameters
+    own, *_ = inspect.signature(dialect).parameters
     no_rate = {} if {own, "learning_rate"} & arguments.keys() else {own: None}  # where it is required
-    row = _row_of(dialect)(**_arguments(dialect, **arguments | no_rate))
+    row = inspect.unwrap(dialect)(**_arguments(dialect, **arguments | no_rate))
     bound = inspect.signature(rmsprop).bind(**row.options)
     bound.apply_defaults()
     return bound.arguments
@@ -959,6 +956,12 @@ def _options(**options: Any) -> dict[str, Any]:
 def _at(value: Any, count: Any) -> jax.Array:
     """A number, or the value of a schedule."""
     return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
+
+
+def _to_average(beta: Any, count: Any) -> jax.Array:
+    """The factor that makes a momentum buffer, Σ βᵗ⁻ⁱ uᵢ, a bias-corrected average."""
+    beta = jnp.asarray(beta, jnp.float32)
+    return (1 - beta) / (1 - beta ** (jnp.asarray(count, jnp.float32) + 1))
 
 
 def _annealed(rate: jax.Array, count: Any, schedule: str, warmup: Any, anneal: Any) -> jax.Array:

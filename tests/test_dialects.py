@@ -451,6 +451,10 @@ def test_calls_that_a_framework_refuses_too():
             dialects.keras(**{clip: float("nan")})
     with pytest.raises(ValueError, match="max_lr=0.0: allowed is a number above 0"):
         dialects.timm(0.1, corrected_weight_decay=True, max_lr=0.0)
+    with pytest.raises(ValueError, match="needs max_lr, the rate"):
+        dialects.timm(0.0, corrected_weight_decay=True)
+    with pytest.raises(TypeError, match="rmsprop.* is no dialect: allowed are hinton, graves, "):
+        dialects.options(rmsprop)
     with pytest.raises(ValueError, match="decay=-0.1: allowed is a finite number in"):
         dialects.tf_keras(decay=-0.1)
     for flag, make in (("maximize", dialects.pytorch), ("decoupled_decay", dialects.timm)):
