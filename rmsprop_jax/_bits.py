@@ -53,10 +53,12 @@ def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
 
 
 def _place(shape: tuple[int, ...]) -> Any:
-    """A number for the place of each element in an array of this shape."""
-    place, stride = np.uint32(0), 0x9E3779B1
+    """The place of each element in an array of this shape, counted in the last axis first."""
+    # Not a reshaped iota: XLA would divide by the sizes of the axes.
+    place, stride = np.uint32(0), 1
     for axis in reversed(range(len(shape))):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place = index if axis == len(shape) - 1 else place + index * np.uint32(stride % 2**32)
         stride *= shape[axis]
     return place
 
