@@ -198,17 +198,14 @@ _NO_PLACE = "like has no place for it on the same side of RMSProp's state"
 
 def _both(state: Any, like: Any) -> tuple[Contents, Contents]:
     """Both sides, taken apart. Whether a tuple is optax.rmsprop's or a chain's is for the other side to say."""
-    old, new = collect(state, whole=False), collect(like, whole=False)
-    both = collect(state, not _is_traced_apart(new)), collect(like, not _is_traced_apart(old))
-    _check_has_rmsprop(both[0], state, "this")
-    _check_has_rmsprop(both[1], like, "like, which is a")
-    return both
+    old, new = collect(state, whole=not _has_chain(like)), collect(like, whole=not _has_chain(state))
+    _check_has_rmsprop(old, state, "this")
+    _check_has_rmsprop(new, like, "like, which is a")
+    return old, new
 
 
-def _is_traced_apart(contents: Contents) -> bool:
-    """Whether a momentum buffer lies beside RMSProp's state, and none in it."""
-    in_state = any(_rows.fields(node).trace is not None for node in contents.states.values())
-    return not in_state and any(key.kind is optax.TraceState for key in contents.keys.values())
+def _has_chain(tree: Any) -> bool:
+    return any(map(_rows.is_chain, jax.tree.leaves(tree, is_leaf=_rows.is_chain)))
 
 
 def _rows_for(old: Contents, new: Contents) -> dict[Path, Row]:
