@@ -475,6 +475,14 @@ def test_like_decides_whether_three_parts_are_a_chain(parts):
         np.testing.assert_array_equal(back[2].trace["head"], state[2].trace["head"])
 
 
+def test_a_buffer_with_the_rate_does_not_become_one_without():
+    """PyTorch's order has the trace before the rate: it is no chain of the parts of optax.rmsprop."""
+    theirs = optax.rmsprop(0.1, momentum=0.9)
+    pytorch_s = optax.chain(scale_by_rms(), optax.trace(0.9), optax.scale(-0.1))
+    with pytest.raises(ValueError, match=r"like has no \[0\]\.trace: the options differ"):
+        interop.from_optax(theirs.init(PARAMS), pytorch_s.init(PARAMS))
+
+
 # --- Counts -------------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from ._text import listed, repeated
 
 
 class Key(NamedTuple):
-    """The array of a wrapper that it is, wherever the wrapper lies."""
+    """Which array of which wrapper it is, wherever the wrapper lies."""
 
     kind: Any  # the type of the innermost NamedTuple around the array; None if there is none
     field: str  # of that NamedTuple
@@ -101,14 +101,14 @@ def _owner(tree: Any, path: Path) -> tuple[Any, str, Path]:
 
 
 def _side(path: Path, states: Iterable[Path]) -> frozenset[str]:
-    """Where an array lies, as the nearest states of RMSProp see it."""
+    """Where an array lies, seen from the nearest states of RMSProp."""
     shared = {state: _shared(path, state) for state in states}
     nearest = max(shared.values(), default=0)
     return frozenset(_direction(path[n], state[n]) for state, n in shared.items() if n == nearest)
 
 
 def _direction(mine: Any, theirs: Any) -> str:
-    """Where one goes on where two paths part, as the other one sees it."""
+    """On which side of the other path one goes on, from where the two part."""
     if isinstance(mine, SequenceKey):
         return "in front" if mine.idx < theirs.idx else "behind"
     return "around" if isinstance(mine, GetAttrKey) else "beside"
@@ -197,18 +197,15 @@ _NO_PLACE = "like has no place for it on the same side of RMSProp's state"
 
 
 def _both(state: Any, like: Any) -> tuple[Contents, Contents]:
-    """Both sides, taken apart. Whether a tuple is optax.rmsprop's or a chain's is for the other side to say."""
-    old, new = collect(state, whole=False), collect(like, whole=False)
-    both = collect(state, not _is_traced_apart(new)), collect(like, not _is_traced_apart(old))
-    _check_has_rmsprop(both[0], state, "this")
-    _check_has_rmsprop(both[1], like, "like, which is a")
-    return both
+    """Both sides, taken apart. The other side decides whether a tuple is optax.rmsprop's state or a chain's."""
+    old, new = collect(state, whole=not _has_chain(like)), collect(like, whole=not _has_chain(state))
+    _check_has_rmsprop(old, state, "this")
+    _check_has_rmsprop(new, like, "like, which is a")
+    return old, new
 
 
-def _is_traced_apart(contents: Contents) -> bool:
-    """Whether a momentum buffer lies beside RMSProp's state, and none in it."""
-    in_state = any(_rows.fields(node).trace is not None for node in contents.states.values())
-    return not in_state and any(key.kind is optax.TraceState for key in contents.keys.values())
+def _has_chain(tree: Any) -> bool:
+    return any(map(_rows.is_chain, jax.tree.leaves(tree, is_leaf=_rows.is_chain)))
 
 
 def _rows_for(old: Contents, new: Contents) -> dict[Path, Row]:

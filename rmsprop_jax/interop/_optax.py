@@ -52,12 +52,12 @@ def from_rmsprop(state: Any, like: Any) -> Any:
     with another `lr_in_momentum`: that is not converted.
 
     The arrays of wrappers, such as counters and accumulated gradients, are kept where both have the wrapper, on
-    the same side of RMSProp: an average of updates, behind it, is none of gradients, in front of it. A
+    the same side of RMSProp. (In front of it an average is one of gradients, and behind it one of updates.) A
     new wrapper starts as in `like`, and its schedule goes on where the run is. Injected
     hyperparameters are those of `like`.
 
-    Under `jax.jit` values cannot be looked at: gradients of half an update are then not missed, and
-    counts are not compared.
+    Under `jax.jit` no value is looked at. Then `MultiSteps` may lose gradients of half an update without an error,
+    and counts of groups are not compared.
 
     Args:
         state: ours, or one that has ours inside: of `optax.chain`, `MultiSteps`, `inject_hyperparams`, `masked`,

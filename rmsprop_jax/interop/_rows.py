@@ -40,8 +40,17 @@ def is_rmsprop(x: Any, whole: bool = True) -> bool:
     """
     if isinstance(x, (RMSPropState, *_second_moments())):
         return True
-    parts = _second_moments(), (optax.EmptyState, optax.ScaleByScheduleState), (optax.EmptyState, optax.TraceState)
-    return whole and type(x) is tuple and len(x) == 3 and all(map(isinstance, x, parts))
+    return whole and _is_triple(x, _second_moments(), (optax.EmptyState, optax.TraceState))
+
+
+def is_chain(x: Any) -> bool:
+    """Whether this is a chain of the three parts of optax.rmsprop, of which the first may be ours."""
+    return _is_triple(x, (RMSPropState, *_second_moments()), (optax.TraceState,)) and fields(x[0]).trace is None
+
+
+def _is_triple(x: Any, first: tuple[type, ...], last: tuple[type, ...]) -> bool:
+    parts = first, (optax.EmptyState, optax.ScaleByScheduleState), last
+    return type(x) is tuple and len(x) == 3 and all(map(isinstance, x, parts))
 
 
 def fields(node: Any) -> RMSPropState:
