@@ -203,7 +203,7 @@ def instructions_per_leaf(tx):
         *(
             []
             if jax.__version_info__ < (0, 10)
-            else [(2.2, {"state_dtype": jnp.bfloat16}), (2.8, {"state_dtype": jnp.uint8})]
+            else [(2.3, {"state_dtype": jnp.bfloat16}), (3.0, {"state_dtype": jnp.uint8})]
         ),
     ],
 )
