@@ -88,7 +88,7 @@ def lift(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        updates = _without_float0(updates)
+        updates = without_float0(updates)
         _check_state(rule, state, state_type, updates)
         if needs_params is None:
             _check_kinds(updates, params)
@@ -96,7 +96,7 @@ def lift(
         elif params is None:
             raise ValueError(f"{needs_params} needs params: call update(updates, state, params)")
         else:
-            params = _params_with_gradients(updates, params, params_mask)
+            params = params_with_gradients(updates, params, params_mask)
         return _update(rule, hyperparameters(state.count), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -250,7 +250,7 @@ def column(updates: optax.Updates, tree: Any, name: str, kind: str = "gradient")
     raise ValueError(f"the {kind}s must have the structure of {name}: {differences}")
 
 
-def _params_with_gradients(updates: optax.Updates, params: optax.Params, mask: Any) -> optax.Params:
+def params_with_gradients(updates: optax.Updates, params: optax.Params, mask: Any) -> optax.Params:
     """`params` with None where there is no gradient or where the mask is False."""
     leaves, treedef = flatten(updates)
     given, selected = column(updates, params, "params"), column(updates, _masked(params, mask), "params")
@@ -281,7 +281,7 @@ def _masked(params: optax.Params, mask: Any) -> optax.Params:
         raise ValueError(f"the mask must be a tree like the parameters', or a prefix of it: {error}") from None
 
 
-def _without_float0(updates: optax.Updates) -> optax.Updates:
+def without_float0(updates: optax.Updates) -> optax.Updates:
     """Gradients of integers, as jax.grad(..., allow_int=True) makes them, become None. All others must be arrays."""
     leaves = jax.tree.leaves(updates)
     if all(isinstance(x, jax.Array) for x in leaves):

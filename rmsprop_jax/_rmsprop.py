@@ -5,8 +5,6 @@
 
 import dataclasses
 import math
-import numbers
-import reprlib
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _pytree, _storage
+from . import _checks, _pytree, _storage
 
 
 class RMSPropState(NamedTuple):
@@ -400,12 +398,12 @@ def _transformation(
     state_dtype, weight_decay_mask = _checked_state_dtype(state_dtype), _checked_mask(weight_decay_mask)
     arguments = (learning_rate, decay, eps, initial_scale, momentum, weight_decay, weight_decay_mask, state_dtype)
     if not callable(learning_rate):
-        learning_rate = _number("learning_rate", learning_rate, lower=-math.inf)
-    decay, eps = _number("decay", decay, upper=1.0), _number("eps", eps)
-    momentum = None if momentum is None else _number("momentum", momentum, upper=1.0)
+        learning_rate = _checks.number("learning_rate", learning_rate, lower=-math.inf)
+    decay, eps = _checks.number("decay", decay, upper=1.0), _checks.number("eps", eps)
+    momentum = None if momentum is None else _checks.number("momentum", momentum, upper=1.0)
     if not (weight_decay is None or callable(weight_decay)):
-        weight_decay = _number("weight_decay", weight_decay)
-    initial = {"nu": _number("initial_scale", initial_scale)}
+        weight_decay = _checks.number("weight_decay", weight_decay)
+    initial = {"nu": _checks.number("initial_scale", initial_scale)}
     eps_may_be_zero = isinstance(eps, jax.Array) or bool(eps < jnp.finfo(jnp.float32).tiny)
     rule = dataclasses.replace(rule, eps_may_be_zero=eps_may_be_zero)
     needs_params = None if weight_decay is None else "weight_decay"
@@ -426,28 +424,7 @@ def _transformation(
 
 def _value(name: str, number: Any, count: jax.Array, lower: float = 0.0) -> Any:
     """A number, or the value of a schedule."""
-    return _number(f"{name}(count)", number(count), lower=lower) if callable(number) else number
-
-
-def _number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -> Any:
-    """Checks a number. The value of a jax.Array is never looked at: it may be traced."""
-    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        if value.shape != ():
-            raise ValueError(f"{name} has shape {value.shape}: allowed is a scalar (vmap over the transformation)")
-        if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
-            raise TypeError(f"{name} has dtype {value.dtype}: allowed is a real number")
-        if isinstance(value, jax.Array):
-            return value
-    elif not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: allowed is a number or a scalar array")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    allowed = "a finite number" + ("" if lower == -math.inf else f" in [{lower:g}, {upper:g}]")
-    if not (lower <= number <= upper and abs(number) <= float(np.finfo(np.float32).max)):
-        raise ValueError(f"{name}={reprlib.repr(value)}: allowed is {allowed} that float32 can hold")
-    return number
+    return _checks.number(f"{name}(count)", number(count), lower=lower) if callable(number) else number
 
 
 def _checked_mask(mask: Any) -> Any:

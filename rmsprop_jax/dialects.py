@@ -29,17 +29,16 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _pytree, _storage
-from ._rmsprop import _number, rmsprop
+from . import _checks, _gradients, _pytree
+from ._rmsprop import rmsprop
 
 
 Transformation = optax.GradientTransformationExtraArgs
@@ -128,7 +127,7 @@ def _arguments(dialect: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[s
     if len(rates) > 1:
         raise ValueError(f"{own} and learning_rate are two names of one argument: give one of them, got {rates}")
     name, rate = next(iter(rates.items()), (own, entry.rate))
-    rate = rate if rate is None or callable(rate) else _number(name, rate, lower=-math.inf)
+    rate = rate if rate is None or callable(rate) else _checks.number(name, rate, lower=-math.inf)
     return {p.name: p.default for p in entry.signature.parameters.values()} | given | {own: rate}
 
 
@@ -222,7 +221,7 @@ def dqn(
     References:
         Mnih et al., Human-level control through deep reinforcement learning, 2015; NeuralQLearner.lua.
     """
-    _refuse("gradient_momentum", gradient_momentum, squared_gradient_momentum, "the two decays must be equal")
+    _checks.refuse("gradient_momentum", gradient_momentum, squared_gradient_momentum, "the two decays must be equal")
     return Row(
         _options(
             learning_rate=learning_rate,
@@ -283,18 +282,18 @@ def dreamer(
     References:
         danijar/dreamerv3 e3f0224: embodied/jax/opt.py, and `_make_opt` in dreamerv3/agent.py.
     """
-    _refuse("momentum", momentum, True, "DreamerV3 takes it and never reads it; beta1=0 turns the average off")
+    _checks.refuse("momentum", momentum, True, "DreamerV3 takes it and never reads it; beta1=0 turns the average off")
     if schedule not in ("const", "linear", "cosine"):
         raise ValueError(f"schedule={schedule!r}: allowed are 'const', 'linear' and 'cosine'")
     if wd is None and weight_decay_mask is not None:
         raise ValueError("weight_decay_mask needs wd, got wd=None")
-    agc, beta1, wd = _limit("agc", agc), _number("beta1", beta1), _off(wd)
-    warmup, anneal = _number("warmup", warmup), _number("anneal", anneal)
+    agc, beta1, wd = _checks.limit("agc", agc), _checks.number("beta1", beta1), _checks.off(wd)
+    warmup, anneal = _checks.number("warmup", warmup), _checks.number("anneal", anneal)
     if not isinstance(beta1, jax.Array) and beta1 >= 1:
         raise ValueError(f"beta1={beta1!r}: allowed is a number in [0, 1), because the average is bias corrected")
-    if schedule == "const" and not _traced(anneal):
-        _refuse("anneal", anneal, 0, "it needs schedule='linear' or 'cosine'")
-    elif schedule != "const" and not (_traced(anneal) or _traced(warmup)) and not anneal > warmup:
+    if schedule == "const" and not _checks.is_traced(anneal):
+        _checks.refuse("anneal", anneal, 0, "it needs schedule='linear' or 'cosine'")
+    elif schedule != "const" and not (_checks.is_traced(anneal) or _checks.is_traced(warmup)) and not anneal > warmup:
         raise ValueError(f"anneal={anneal!r}: with schedule={schedule!r} it must be larger than warmup={warmup!r}")
 
     def rate(count: Any) -> jax.Array:
@@ -305,7 +304,7 @@ def dreamer(
 
     decaying: dict[str, Any] = {}
     if wd is not None:
-        strength = _number("wd", wd)
+        strength = _checks.number("wd", wd)
         # The decay is not averaged: divide by what corrects the average.
         decaying["weight_decay"] = lambda count: strength / _to_average(beta1, count)
         decaying["weight_decay_mask"] = by_path if weight_decay_mask is None else weight_decay_mask
@@ -316,14 +315,14 @@ def dreamer(
             eps=eps,
             eps_in_sqrt=False,
             momentum=beta1,
-            nesterov=_flag("nesterov", nesterov) and _off(beta1) is not None,
+            nesterov=_checks.flag("nesterov", nesterov) and _checks.off(beta1) is not None,
             bias_correction=True,
             lr_in_momentum=False,
             decoupled=True,
             state_dtype=state_dtype,
             **decaying,
         ),
-        before=() if agc is None else (_before(_clip_adaptively, agc, params_for="agc"),),
+        before=() if agc is None else (_gradients.clip_adaptively(agc),),
     )
 
 
@@ -396,7 +395,7 @@ def pytorch(
             state_dtype=state_dtype,
         ),
         # In front of the decay, which shrinks the parameter either way.
-        before=(_before(_scale, -1.0),) if _flag("maximize", maximize) else (),
+        before=(_gradients.scale(-1.0),) if _checks.flag("maximize", maximize) else (),
     )
 
 
@@ -437,14 +436,14 @@ def timm(
     References:
         timm/optim/rmsprop_tf.py, 1.0.31.
     """
-    _refuse("caution", caution, False, "its mask compares the gradient with the buffer, which no chain can do")
-    decoupled, decay = _flag("decoupled_decay", decoupled_decay), weight_decay
-    if _flag("corrected_weight_decay", corrected_weight_decay):
-        largest = lr if max_lr is None else _positive("max_lr", max_lr)
-        if callable(largest) or (max_lr is None and (_traced(largest) or largest == 0)):
+    _checks.refuse("caution", caution, False, "its mask compares the gradient with the buffer, which no chain can do")
+    decoupled, decay = _checks.flag("decoupled_decay", decoupled_decay), weight_decay
+    if _checks.flag("corrected_weight_decay", corrected_weight_decay):
+        largest = lr if max_lr is None else _checks.positive("max_lr", max_lr)
+        if callable(largest) or (max_lr is None and (_checks.is_traced(largest) or largest == 0)):
             raise ValueError("corrected_weight_decay=True needs max_lr, the rate that timm's constructor got")
-        if decoupled and _off(weight_decay) is not None:
-            strength = _number("weight_decay", weight_decay)
+        if decoupled and _checks.off(weight_decay) is not None:
+            strength = _checks.number("weight_decay", weight_decay)
             decay = lambda count: strength * _at(lr, count) / largest  # noqa: E731
     elif max_lr is not None:
         raise ValueError(f"max_lr={max_lr!r} needs corrected_weight_decay=True")
@@ -523,7 +522,7 @@ def pfrl(
     References:
         pfrl/optimizers/rmsprop_eps_inside_sqrt.py, 0.4.0.
     """
-    _refuse("maximize", maximize, False, "PFRL takes it and never reads it; pytorch(maximize=True) has it")
+    _checks.refuse("maximize", maximize, False, "PFRL takes it and never reads it; pytorch(maximize=True) has it")
     row = _row_of(pytorch)(
         lr,
         alpha,
@@ -560,15 +559,17 @@ def bitsandbytes(
     References:
         bitsandbytes/optim/rmsprop.py, 0.50.2.
     """
-    _refuse("momentum", momentum, 0, "bitsandbytes takes it and no kernel reads it; pytorch(momentum=...) has it")
-    _refuse("centered", centered, False, "bitsandbytes refuses it as well; pytorch(centered=True) has it")
-    _refuse(
+    _checks.refuse(
+        "momentum", momentum, 0, "bitsandbytes takes it and no kernel reads it; pytorch(momentum=...) has it"
+    )
+    _checks.refuse("centered", centered, False, "bitsandbytes refuses it as well; pytorch(centered=True) has it")
+    _checks.refuse(
         "optim_bits",
         optim_bits,
         32,
         "its 8 bits are blocks with codebooks of their own; state_dtype=jnp.uint8 is another way to keep one byte",
     )
-    _refuse("args", args, None, "chain with the transformation that you need")
+    _checks.refuse("args", args, None, "chain with the transformation that you need")
     return _row_of(pytorch)(lr, alpha, eps, weight_decay, weight_decay_mask=weight_decay_mask, state_dtype=state_dtype)
 
 
@@ -610,12 +611,14 @@ def keras(
     References:
         keras/src/optimizers/rmsprop.py and base_optimizer.py, 3.15.1.
     """
-    _refuse("use_ema", use_ema, False, "average the parameters yourself, with optax.incremental_update")
-    _refuse("ema_overwrite_frequency", ema_overwrite_frequency, None, "overwrite the parameters in your own loop")
-    clips = {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm}
+    _checks.refuse("use_ema", use_ema, False, "average the parameters yourself, with optax.incremental_update")
+    _checks.refuse(
+        "ema_overwrite_frequency", ema_overwrite_frequency, None, "overwrite the parameters in your own loop"
+    )
+    clips = {"clipvalue": clipvalue, "clipnorm": clipnorm, "global_clipnorm": global_clipnorm}
     if sum(clip is not None for clip in clips.values()) > 1:
         raise ValueError(f"only one of clipnorm, clipvalue and global_clipnorm can be set, got {clips}")
-    k = _steps("gradient_accumulation_steps", gradient_accumulation_steps)
+    k = _checks.steps("gradient_accumulation_steps", gradient_accumulation_steps)
     if k is not None and callable(learning_rate):
         schedule = learning_rate
         learning_rate = lambda count: schedule(k * count + (k - 1))  # noqa: E731
@@ -633,7 +636,7 @@ def keras(
         ),
         before=(
             *_unscaled("loss_scale_factor", loss_scale_factor),
-            *_clips(**{name: _limit(name, clip, lower=-math.inf) for name, clip in clips.items()}),
+            *_gradients.clips(*(_checks.limit(name, clip, lower=-math.inf) for name, clip in clips.items())),
         ),
         accumulate=k,
     )
@@ -667,17 +670,17 @@ def tf_keras(
     if clipnorm is not None and global_clipnorm is not None:
         raise ValueError(f"only one of {clipnorm=} and {global_clipnorm=} can be set")
     clips = {"clipvalue": clipvalue, "clipnorm": clipnorm, "global_clipnorm": global_clipnorm}
-    clips = {name: None if clip is None else _number(name, clip) for name, clip in clips.items()}
-    slowing = None if _off(decay) is None else _number("decay", decay)
+    clips = {name: None if clip is None else _checks.number(name, clip) for name, clip in clips.items()}
+    slowing = None if _checks.off(decay) is None else _checks.number("decay", decay)
 
     def decayed(count: Any) -> jax.Array:
         return _at(learning_rate, count) / (1 + jnp.asarray(slowing, jnp.float32) * jnp.asarray(count, jnp.float32))
 
-    epsilon = 1e-7 if _off(epsilon) is None else epsilon
+    epsilon = 1e-7 if _checks.off(epsilon) is None else epsilon
     row = _row_of(keras)(learning_rate, rho, momentum, epsilon, centered, state_dtype=state_dtype)
     return row.but(
-        learning_rate=learning_rate if slowing is None else decayed, eps_in_sqrt=_off(momentum) is not None
-    )._replace(before=_clips(**clips))
+        learning_rate=learning_rate if slowing is None else decayed, eps_in_sqrt=_checks.off(momentum) is not None
+    )._replace(before=_gradients.clips(*clips.values()))
 
 
 @_dialect("tf.compat.v1.train.RMSPropOptimizer")
@@ -773,7 +776,7 @@ def tensorflowjs(
     remedy = (
         "TensorFlow.js subtracts epsilon under the root, √(v - (m² + ε)), which is NaN for a nearly constant gradient"
     )
-    _refuse("centered", centered, False, f"{remedy}; keras(centered=True) adds it")
+    _checks.refuse("centered", centered, False, f"{remedy}; keras(centered=True) adds it")
     epsilon = 1e-7 if epsilon is None else epsilon
     return _row_of(keras)(learningRate, decay, momentum, epsilon, state_dtype=state_dtype)
 
@@ -803,8 +806,8 @@ def paddle(
     References:
         python/paddle/optimizer/rmsprop.py and rmsprop_kernel_impl.h, 3.3.1.
     """
-    _refuse("parameters", parameters, None, "pass the parameters to init and update")
-    _refuse("grad_clip", grad_clip, None, "chain with optax.clip or optax.clip_by_global_norm in front")
+    _checks.refuse("parameters", parameters, None, "pass the parameters to init and update")
+    _checks.refuse("grad_clip", grad_clip, None, "chain with optax.clip or optax.clip_by_global_norm in front")
     row = _row_of(sonnet)(learning_rate, rho, momentum, epsilon, centered, state_dtype=state_dtype)
     return row.but(weight_decay=weight_decay, weight_decay_mask=weight_decay_mask, decoupled=False)
 
@@ -947,10 +950,10 @@ def table() -> list[dict[str, str]]:
 
 def _options(**options: Any) -> dict[str, Any]:
     """Arguments of `rmsprop` as it takes them, from a framework's: a momentum or a decay of 0 is off."""
-    options = {name: _plain(value) for name, value in options.items()}
-    if options.get("weight_decay") is not None and _off(options["weight_decay"]) is None:
+    options = {name: _checks.plain(value) for name, value in options.items()}
+    if options.get("weight_decay") is not None and _checks.off(options["weight_decay"]) is None:
         options["weight_decay_mask"] = None
-    return options | {name: _off(options.get(name)) for name in ("momentum", "weight_decay")}
+    return options | {name: _checks.off(options.get(name)) for name in ("momentum", "weight_decay")}
 
 
 def _at(value: Any, count: Any) -> jax.Array:
@@ -984,168 +987,6 @@ def _matches(regex: str, path: Any) -> bool:
     return any(re.search(regex, text) for text in ((joined,) if len(path) > 1 else (joined, f"/{joined}")))
 
 
-def _traced(value: Any) -> bool:
-    """Whether the value may be traced, and must not be looked at."""
-    return isinstance(value, jax.Array)
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's scalars and 0-d arrays as Python's."""
-    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.shape == () else value
-
-
-def _is(value: Any, number: Any) -> bool:
-    """Whether a value that is not traced is this number."""
-    value = _plain(value)
-    return not isinstance(value, np.ndarray) and bool(value == _plain(number))
-
-
-def _off(value: Any) -> Any:
-    """None for None and for a number that is 0, which switches an option off."""
-    return None if value is None or (not _traced(value) and _is(value, 0)) else value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(_plain(value), bool):
-        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: allowed are True and False")
-    return _plain(value)
-
-
-def _positive(name: str, value: Any) -> Any:
-    value = _number(name, value, lower=-math.inf)
-    if not _traced(value) and value <= 0:
-        raise ValueError(f"{name}={value!r}: allowed is a number above 0")
-    return value
-
-
-def _limit(name: str, value: Any, lower: float = 0.0) -> Any:
-    """The limit of a clip, or None where a limit of 0 or less switches it off. Traced, it is then infinite."""
-    if value is None:
-        return None
-    value = _number(name, value, lower=lower)
-    if _traced(value):
-        return jnp.where(value > 0, value, jnp.inf)
-    return value if value > 0 else None
-
-
-def _steps(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if _traced(value):
-        raise TypeError(f"{name} is a JAX array: with optax.inject_hyperparams, add it to static_args")
-    if not isinstance(_plain(value), int) or isinstance(_plain(value), bool) or value < 2:
-        raise ValueError(f"{name}={value!r}: allowed is an integer of at least 2")
-    return int(value)
-
-
-def _refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:
-    """Raises unless the value is None or `neutral`. One that may be traced cannot be compared."""
-    if value is None or value is neutral:
-        return
-    if _traced(value) or _traced(neutral):
-        raise ValueError(
-            f"{name} is a JAX array, and not available here: {remedy}. "
-            "optax.inject_hyperparams makes arrays of all numbers: add it to static_args"
-        )
-    if not _is(value, neutral):
-        raise ValueError(f"{name}={value!r} is not available here: {remedy}")
-
-
-# --- In front of the rule: clips and scales ---------------------------------------------------------------
-
-
 def _unscaled(name: str, factor: Any) -> tuple[optax.GradientTransformation, ...]:
-    return () if factor is None else (_before(_scale, 1 / _positive(name, factor)),)
-
-
-def _clips(
-    clipvalue: Any = None, clipnorm: Any = None, global_clipnorm: Any = None
-) -> tuple[optax.GradientTransformation, ...]:
-    """In the order of tf.keras, which may have two of them."""
-    clips = {_clip_values: clipvalue, _clip_each: clipnorm, _clip_together: global_clipnorm}
-    return tuple(_before(change, limit) for change, limit in clips.items() if limit is not None)
-
-
-_Change = Callable[[Any, list[jax.Array], list[Any]], list[jax.Array]]
-
-
-def _before(change: _Change, number: Any, params_for: str | None = None) -> optax.GradientTransformation:
-    """A stateless transformation: `change` gets the number, the gradients that train, and parameters if needed.
-
-    None and integers pass as they are; float0 becomes None, as in the rule.
-    """
-
-    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        updates = _pytree._without_float0(updates)
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
-        live = [
-            i
-            for i, leaf in enumerate(leaves)
-            if leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-        ]
-        theirs = None
-        if params_for is not None and live:
-            if params is None:
-                raise ValueError(f"{params_for} needs params: call update(updates, state, params)")
-            column = treedef.flatten_up_to(_pytree._params_with_gradients(updates, params, None))
-            theirs = [column[i] for i in live]
-        for i, new in zip(live, _changed(change, number, [leaves[i] for i in live], theirs), strict=True):
-            leaves[i] = new
-        return treedef.unflatten(leaves)
-
-    return optax.stateless(update)
-
-
-# At module level, with the number as an argument, like the rule's update: see _pytree.py.
-@functools.partial(jax.jit, static_argnames="change", inline=True)
-def _changed(change: _Change, number: Any, grads: list[Any], params: list[Any] | None) -> list[jax.Array]:
-    with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
-        new = change(number, _wide(grads), _wide(params or []))
-    return [_storage.saturate(x, jnp.result_type(grad)) for x, grad in zip(new, grads, strict=True)]
-
-
-def _wide(arrays: list[Any]) -> list[jax.Array]:
-    """Arrays in at least float32. A float16 norm above 256 has a square that float16 cannot hold."""
-    return [jnp.asarray(x, _storage.compute_dtype(jnp.result_type(x))) for x in arrays]
-
-
-def _scale(factor: Any, grads: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
-    return [factor * g for g in grads]
-
-
-def _clip_values(limit: Any, grads: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.clip(g, -limit, limit) for g in grads]
-
-
-def _clip_each(limit: Any, grads: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
-    return [g for grad in grads for g in _limited([grad], limit)]
-
-
-def _clip_together(limit: Any, grads: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
-    return _limited(grads, limit)
-
-
-def _clip_adaptively(agc: Any, grads: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
-    limits = [agc * jnp.maximum(1e-3, math.prod(_norm([p]))) for p in params]
-    return [g for grad, limit in zip(grads, limits, strict=True) for g in _limited([grad], limit)]
-
-
-def _limited(arrays: list[jax.Array], limit: Any) -> list[jax.Array]:
-    """The arrays, made smaller alike where their common norm is larger than the limit."""
-    unit, norm = _norm(arrays)
-    fits = unit * norm <= limit
-    factor = limit / jnp.where(fits, 1, norm)
-    return [jnp.where(fits, x, x / unit * factor) for x in arrays]
-
-
-def _norm(arrays: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The common norm of arrays, as a unit and the norm in that unit: squares of large numbers then stay finite.
-
-    Without reshaping, which would gather an array that is sharded. The derivative at 0 is 0.
-    """
-    parts = [part for x in arrays for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0.0) for x in parts], jnp.float32(0.0))
-    largest = jax.lax.stop_gradient(largest)
-    unit = jnp.where((largest > jnp.finfo(largest.dtype).tiny) & (largest < jnp.inf), largest, 1)
-    square = functools.reduce(jnp.add, [jnp.sum(jnp.square(x / unit)) for x in parts], jnp.float32(0.0))
-    return unit, jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+    """What undoes a loss scale."""
+    return () if factor is None else (_gradients.scale(1 / _checks.positive(name, factor)),)

@@ -115,10 +115,10 @@ def test_readme_names_everything_public():
 
 # Imports point down only. Nothing else of the package may be imported by a module of a lower floor.
 FLOORS = [
-    ["_bits", "_placement", "_digits", "interop/_text"],
+    ["_bits", "_placement", "_checks", "_digits", "interop/_text"],
     ["_storage"],
     ["_pytree"],
-    ["_rmsprop", "_rounding"],
+    ["_rmsprop", "_rounding", "_gradients"],
     ["interop/_rows"],
     ["interop/_carry"],
     ["interop/_named"],

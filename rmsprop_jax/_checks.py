@@ -1,0 +1,101 @@
+"""Checks of arguments. A value that may be traced is never looked at: a `jax.Array` passes as it is."""
+
+import math
+import numbers
+import reprlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -> Any:
+    """Checks a number. The value of a jax.Array is never looked at: it may be traced."""
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        if value.shape != ():
+            raise ValueError(f"{name} has shape {value.shape}: allowed is a scalar (vmap over the transformation)")
+        if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+            raise TypeError(f"{name} has dtype {value.dtype}: allowed is a real number")
+        if isinstance(value, jax.Array):
+            return value
+    elif not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: allowed is a number or a scalar array")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    allowed = "a finite number" + ("" if lower == -math.inf else f" in [{lower:g}, {upper:g}]")
+    if not (lower <= number <= upper and abs(number) <= float(np.finfo(np.float32).max)):
+        raise ValueError(f"{name}={reprlib.repr(value)}: allowed is {allowed} that float32 can hold")
+    return number
+
+
+def is_traced(value: Any) -> bool:
+    """Whether the value may be traced, and must not be looked at."""
+    return isinstance(value, jax.Array)
+
+
+def plain(value: Any) -> Any:
+    """NumPy's scalars and 0-d arrays as Python's."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.shape == () else value
+
+
+def equals(value: Any, number: Any) -> bool:
+    """Whether a value that is not traced is this number."""
+    value = plain(value)
+    return not isinstance(value, np.ndarray) and bool(value == plain(number))
+
+
+def off(value: Any) -> Any:
+    """None for None and for a number that is 0, which switches an option off."""
+    return None if value is None or (not is_traced(value) and equals(value, 0)) else value
+
+
+def flag(name: str, value: Any) -> bool:
+    """Checks a boolean."""
+    if not isinstance(plain(value), bool):
+        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: allowed are True and False")
+    return plain(value)
+
+
+def positive(name: str, value: Any) -> Any:
+    """Checks a number above 0."""
+    value = number(name, value, lower=-math.inf)
+    if not is_traced(value) and value <= 0:
+        raise ValueError(f"{name}={value!r}: allowed is a number above 0")
+    return value
+
+
+def limit(name: str, value: Any, lower: float = 0.0) -> Any:
+    """The limit of a clip, or None where a limit of 0 or less switches it off. Traced, it is then infinite."""
+    if value is None:
+        return None
+    value = number(name, value, lower=lower)
+    if is_traced(value):
+        return jnp.where(value > 0, value, jnp.inf)
+    return value if value > 0 else None
+
+
+def steps(name: str, value: Any) -> int | None:
+    """Checks a number of steps, of at least 2."""
+    if value is None:
+        return None
+    if is_traced(value):
+        raise TypeError(f"{name} is a JAX array: with optax.inject_hyperparams, add it to static_args")
+    if not isinstance(plain(value), int) or isinstance(plain(value), bool) or value < 2:
+        raise ValueError(f"{name}={value!r}: allowed is an integer of at least 2")
+    return int(value)
+
+
+def refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:
+    """Raises unless the value is None or `neutral`. One that may be traced cannot be compared."""
+    if value is None or value is neutral:
+        return
+    if is_traced(value) or is_traced(neutral):
+        raise ValueError(
+            f"{name} is a JAX array, and not available here: {remedy}. "
+            "optax.inject_hyperparams makes arrays of all numbers: add it to static_args"
+        )
+    if not equals(value, neutral):
+        raise ValueError(f"{name}={value!r} is not available here: {remedy}")
