@@ -19,7 +19,7 @@ NEW_PARAMS = {"body": np.zeros((2, 3)), "head": {"kernel": np.zeros((5, 7)), "bi
 
 def replace_head(arrays):
     """The head has another shape: its accumulators are dropped, and the new ones start afresh."""
-    del arrays["head.weight"]
+    arrays["head.weight"] = None
     return {"body": arrays["body.weight"].T, "head": optax.MaskedNode()}
 
 
@@ -39,16 +39,32 @@ def test_another_layer_in_the_place_of_one(wrap):
     tx.update(NEW_PARAMS, state, NEW_PARAMS)
 
 
-def test_nothing_is_forgotten_in_silence():
-    forgets = lambda arrays: {"body": arrays["body.weight"].T, "head": optax.MaskedNode()}  # noqa: E731
+def forgets(arrays):
+    return {"body": arrays["body.weight"].T, "head": optax.MaskedNode()}
+
+
+def pops(arrays):
+    arrays.pop("head.weight")
+    return forgets(arrays)
+
+
+def adds(arrays):
+    arrays["another"] = arrays["body.weight"]
+    return forgets(arrays)
+
+
+@pytest.mark.parametrize("convert", [forgets, pops, adds])
+def test_nothing_is_forgotten_in_silence(convert):
     with pytest.raises(
         ValueError,
-        match=r"convert leaves out, .*\['head.weight'\]. If they are to go, drop them with `del arrays\['head.weight'\]`",
+        match=r"convert leaves out, .*\['head.weight'\]. If they are to go, say so in convert: arrays\['head.weight'\] = None",
     ):
-        interop.from_timm(TORCH, ["body.weight", "head.weight"], forgets)
+        interop.from_timm(TORCH, ["body.weight", "head.weight"], convert)
 
+
+def test_a_layer_that_is_gone():
     def nothing_new(arrays):
-        del arrays["head.weight"]
+        arrays["head.weight"] = None
         return {"body": arrays["body.weight"].T}
 
     tx = dialects.timm(0.1, momentum=0.9)

@@ -18,12 +18,12 @@ state inside any wrapper.
 
 :func:`table` says which function reads which file.
 
-A model may lose a layer on the way, or get a new one, or another one in the place of an old one. What is dropped is
-deleted in `convert`, which has to use every other array. What is new is masked there; `from_rmsprop` starts it
-with its first value::
+A model may lose a layer on the way, or get a new one, or another one in the place of an old one. `convert` has to use
+every array, so it says which ones it drops. What is new is masked there, and `from_rmsprop` starts it with its
+first value::
 
     def convert(arrays):
-        del arrays["head.weight"], arrays["head.bias"]
+        arrays["head.weight"] = arrays["head.bias"] = None  # dropped
         return {"body": {"kernel": arrays["body.weight"].T}, "new_head": optax.MaskedNode()}
 
     state = interop.from_rmsprop(interop.from_pytorch(checkpoint, weights, convert), tx.init(new_params))

@@ -83,11 +83,12 @@ def _check_convert(convert: Convert, arrays: Arrays) -> None:
     values = np.concatenate([np.zeros(0), *(np.ravel(x.astype(np.float64)) for x in leaves.values())])
     times = dict(zip(*np.unique(values, return_counts=True), strict=True))
     found = {name: times.get(number[name], 0) for name in arrays}
-    # What convert deleted it drops on purpose.
-    if forgotten := [name for name in numbers if found[name] < arrays[name].size]:
+    # convert drops an array on purpose by putting None in its place. One that it only pops may have been forgotten.
+    kept = [name for name in arrays if numbers.get(name, found) is not None]
+    if forgotten := [name for name in kept if found[name] < arrays[name].size]:
         repeated = [name for name, x in arrays.items() if found[name] > x.size]
         also = f", and uses more than once {repeated}" if repeated else ""
-        drop = f"drop them with `del arrays[{forgotten[0]!r}]` in convert"
+        drop = f"say so in convert: arrays[{forgotten[0]!r}] = None"
         raise ValueError(f"convert leaves out, or changes the values of, {forgotten}{also}. If they are to go, {drop}")
 
 
