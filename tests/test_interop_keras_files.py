@@ -48,7 +48,8 @@ def test_h5_files(name, options):
     assert list(kept["h5"]) == sorted(kept["h5"])
     expected = interop.from_keras(kept["variables"].items(), convert)
     groups = nested(kept["h5"])
-    for given in (kept["h5"].items(), kept["h5"], groups, groups["optimizer_weights"]):
+    whole = {"model_weights": {"conv": {"conv": {"kernel:0": np.zeros((3, 3, 2, 4))}}}, **groups}
+    for given in (kept["h5"].items(), kept["h5"], groups, groups["optimizer_weights"], whole):
         state = interop.from_keras(given, convert)
         jax.tree.map(np.testing.assert_array_equal, state, expected)
 

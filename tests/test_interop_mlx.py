@@ -26,8 +26,12 @@ OTHERS = {kind: forms["safetensors"] for _, kind, forms in others("mlx")}
 
 
 def test_other_optimizers():
-    with pytest.raises(ValueError, match=r"not the checkpoint of MLX's RMSprop, but of Adam .*conv.weight.m"):
+    with pytest.raises(ValueError, match=r"not the checkpoint of MLX's RMSprop, but of Adam, .*conv.weight.m"):
         interop.from_mlx(OTHERS["Adam"])
+    with pytest.raises(ValueError, match=r"not the checkpoint of MLX's RMSprop, but of AdaDelta.*conv.weight.u"):
+        interop.from_mlx(OTHERS["AdaDelta"])
+    with pytest.raises(ValueError, match=r"not the checkpoint of MLX's RMSprop, but of .*Lion.*conv.weight.m"):
+        interop.from_mlx(OTHERS["Lion"])
     # SGD's momentum is where our ν is, but it has a sign.
     with pytest.raises(ValueError, match=r"v of .*conv.weight.* is negative: it averages no squares"):
         interop.from_mlx(OTHERS["SGD"])
@@ -49,6 +53,15 @@ def test_the_count():
     del arrays["step"]
     with pytest.raises(ValueError, match="does not say how many updates were made: pass count"):
         interop.from_mlx(arrays)
+
+
+class Bfloat16:
+    dtype = "mlx.core.bfloat16"
+
+
+def test_bfloat16_that_numpy_cannot_read():
+    with pytest.raises(ValueError, match=r"fc.bias.v is bfloat16, .*x.astype\(mx.float32\)"):
+        interop.from_mlx(checkpoint() | {"fc.bias.v": Bfloat16()})
 
 
 def test_a_state_that_is_not_flattened():

@@ -37,6 +37,7 @@ PASSED_OVER = (
     r"(.*/)?(learning_rate|step_counter|dynamic_scale|current_loss_scale|good_steps)"
     r"|.*_(average|gradient_accumulator)|([^/]*/)?average/.*"
 )
+HDF5 = "optimizer_weights/"
 # Numbers: in `.keras` and `.weights.h5` files, and in Keras up to 2.3.
 NAMELESS = r"(.*/)?(\d+|accumulator_\d+(_\d+)?|Variable(_\d+)?)"
 FOLDERS = ("", "optimizer", "inner_optimizer", "vars", "rmsprop")  # where they lie; Adagrad has accumulators as well
@@ -77,8 +78,8 @@ def from_keras(
 
     Args:
         variables: `[(v.path, v.numpy()) for v in optimizer.variables]`. Of tf.keras:
-            `[(v.name, v.numpy()) for v in optimizer.variables()]`. Or nested mappings, such as the group
-            `h5py.File("model.h5")["optimizer_weights"]`.
+            `[(v.name, v.numpy()) for v in optimizer.variables()]`. Or nested mappings, such as
+            `h5py.File("model.h5")`.
         convert: from arrays by name to a tree of parameters. Keras 3 names an accumulator by the path of its
             weight, with "_" for "/": `sequential/d1/kernel` is `sequential_d1_kernel` here. `None`: the dict.
         gradient_accumulation_steps: what the optimizer got. Needed where it has accumulators.
@@ -138,7 +139,9 @@ def to_keras(state: Any, convert_back: ConvertBack) -> list[tuple[str, np.ndarra
 
 def _by_path(variables: Any) -> dict[str, Any]:
     """The variables by their paths, without what TensorFlow and HDF5 files add."""
-    named = [(path.removeprefix("optimizer_weights/").removesuffix(":0"), value) for path, value in pairs(variables)]
+    named = list(pairs(variables))
+    saved = [(path, value) for path, value in named if path.startswith(HDF5)]  # of a whole file, which has the weights
+    named = [(path.removeprefix(HDF5).removesuffix(":0"), value) for path, value in saved or named]
     if twice := repeated(path for path, _ in named):
         raise ValueError(f"variables has {listed(twice)} twice")
     return dict(named)

@@ -13,7 +13,6 @@ OTHERS = {
     "stat": "SGD",
     "moments": "Momentum",
     "accum": "Adagrad or Adadelta",
-    "linear": "FTRL",
 }
 
 

@@ -9,12 +9,7 @@ from ._text import listed
 
 
 SLOTS = {"nu": "v"}
-OTHERS = {
-    "m": "Adam or one of its kin, or Lion",
-    "u": "AdaDelta",
-    "exp_avg_sq": "Adafactor",
-    "exp_avg_sq_row": "Adafactor",
-}
+OTHERS = {"u": "AdaDelta", "m": "Adam, one of its kin, or Lion"}
 
 
 def from_mlx(arrays: Mapping[str, Any], convert: Convert | None = None, count: int | None = None) -> RMSPropState:

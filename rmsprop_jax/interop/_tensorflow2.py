@@ -22,9 +22,9 @@ OTHERS = {
     "m": "Adam or one of its kin",
     "momentum": "SGD with momentum",
     "accumulated_momentum": "SGD with momentum",
+    "linear": "FTRL",
     "accumulator": "Adagrad",
     "accum_grad": "Adadelta",
-    "linear": "FTRL",
 }
 
 # A slot beside its weight: tf.keras before 2.11, its `legacy` classes, and TensorFlow 1's classes.

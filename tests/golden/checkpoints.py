@@ -418,28 +418,42 @@ def tensorflow1(name="RMSProp"):
 EPSILON = {"epsilon": EPS}
 ALL = [{**o, **EPSILON} for o in (MOMENTUM, BOTH, CENTERED)]
 MIXED = [{**MOMENTUM, **EPSILON, "mixed": True}]
-OTHERS = {"Adam": {}, "SGD": MOMENTUM, "Adagrad": {}}
+OTHERS = {"Adam": {}, "SGD": MOMENTUM, "Adagrad": {}, "Adadelta": {}, "Ftrl": {}}
 
 Row = collections.namedtuple("Row", "modules make cases others")  # make: from the name of an optimizer to its run
 
 ROWS = {
-    "keras-2.3": Row(["keras", "tensorflow"], keras2, [EPSILON], OTHERS),
+    "keras-2.3": Row(["keras", "tensorflow"], keras2, [EPSILON], {"Adam": {}, "SGD": MOMENTUM, "Adagrad": {}}),
     "tf.keras-2.10": Row(["keras", "tensorflow"], tf_keras(optimizers), ALL + MIXED, OTHERS),
     "tf.keras-2.15": Row(["keras", "tensorflow"], tf_keras(optimizers), ALL + MIXED, OTHERS),
     "tf.keras-2.15-legacy": Row(["keras", "tensorflow"], tf_keras(legacy), ALL[:1], {}),
     "keras-3": Row(["keras", "tensorflow"], tf_keras(optimizers), ALL + MIXED, OTHERS),
     "sonnet": Row(["sonnet", "tensorflow"], sonnet, ALL[:2], {"Adam": {}, "SGD": {}, "Momentum": MOMENTUM}),
-    "tensorflow1": Row(["tensorflow"], tensorflow1, ALL[:2], {"Adam": {}, "Momentum": MOMENTUM, "Adagrad": {}}),
+    "tensorflow1": Row(
+        ["tensorflow"],
+        tensorflow1,
+        ALL[:2],
+        {"Adam": {}, "Momentum": MOMENTUM, "Adagrad": {}},
+    ),
     "bitsandbytes-32bit": Row(
         ["bitsandbytes", "torch"], bitsandbytes, [{"eps": EPS}], {"Adam32bit": {}, "Lion32bit": {}}
     ),
     "bitsandbytes-8bit": Row(["bitsandbytes", "torch"], bitsandbytes, [{"eps": EPS}], {}),
-    "paddle": Row(["paddle"], paddle, ALL, {"Adam": {}, "Momentum": MOMENTUM, "Adagrad": {}}),
+    "paddle": Row(
+        ["paddle"], paddle, ALL, {"Adam": {}, "Momentum": MOMENTUM, "Adagrad": {}, "Adamax": {}, "Adadelta": {}}
+    ),
     "paddle-constant": Row(["paddle"], lambda name="RMSProp": paddle(name, scheduler=False), ALL[:1], {}),
     # With ε at its default, because the vectorized part of its CPU kernel puts it outside the root.
-    "mindspore": Row(["mindspore"], mindspore, [MOMENTUM, BOTH, CENTERED], OTHERS),
+    "mindspore": Row(
+        ["mindspore"],
+        mindspore,
+        [MOMENTUM, BOTH, CENTERED],
+        {"Adam": {}, "SGD": MOMENTUM, "Adagrad": {}, "Momentum": MOMENTUM},
+    ),
     "mindspore-constant": Row(["mindspore"], lambda name="RMSProp": mindspore(name, scheduled=False), [MOMENTUM], {}),
-    "mlx": Row(["mlx.core"], mlx, [{"eps": EPS}], OTHERS),
+    "mlx": Row(
+        ["mlx.core"], mlx, [{"eps": EPS}], {"Adam": {}, "SGD": MOMENTUM, "Adagrad": {}, "AdaDelta": {}, "Lion": {}}
+    ),
 }
 NAMES = {"bitsandbytes-32bit": "RMSprop32bit", "bitsandbytes-8bit": "RMSprop8bit"}
 
