@@ -9,8 +9,8 @@ from test_interop_tensorflow2 import READERS as IN_CHECKPOINTS
 from rmsprop_jax import dialects, interop
 
 
-# Dialects of papers, of DreamerV3 and of Julia: nobody else's checkpoints can be read in Python.
-WITHOUT_FILES = {"hinton", "graves", "dqn", "dreamer", "optimisers_jl"}
+# Dialects of papers, of DreamerV3, and of other languages than Python: there is no reader.
+WITHOUT_FILES = {"hinton", "graves", "dqn", "dreamer", "optimisers_jl", "tensorflowjs"}
 
 
 def test_every_function_and_every_dialect_has_a_row():

@@ -38,6 +38,8 @@ def from_pytorch(
 ) -> RMSPropState:
     """The state of `dialects.pytorch` from `torch.optim.RMSprop(...).state_dict()`.
 
+    Of `dialects.pfrl` as well: PFRL's classes inherit PyTorch's checkpoint, and only ε has another place.
+
     Args:
         optimizer_state_dict: with its "state" and "param_groups". From `torch.distributed.checkpoint` it may be
             flattened (`flatten_optimizer_state_dict=True`).

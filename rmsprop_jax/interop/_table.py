@@ -26,6 +26,7 @@ class Format(NamedTuple):
 
 FORMATS = [
     Format("pytorch", "PyTorch", "optimizer.state_dict(), also flattened or of FSDP", from_pytorch, to_pytorch),
+    Format("pfrl", "PFRL, RMSpropEpsInsideSqrt", "optimizer.state_dict()", from_pytorch, to_pytorch),
     Format("timm", "timm, RMSpropTF", "optimizer.state_dict()", from_timm, to_pytorch),
     Format(
         "stable_baselines3",
