@@ -37,6 +37,11 @@ PASSED_OVER = (
     r"(.*/)?(learning_rate|step_counter|dynamic_scale|current_loss_scale|good_steps)"
     r"|.*_(average|gradient_accumulator)|([^/]*/)?average/.*"
 )
+HDF5 = "optimizer_weights/"
+# Numbers: in `.keras` and `.weights.h5` files, and in Keras up to 2.3.
+NAMELESS = r"(.*/)?(\d+|accumulator_\d+(_\d+)?|Variable(_\d+)?)"
+FOLDERS = ("", "optimizer", "inner_optimizer", "vars", "rmsprop")  # where they lie; Adagrad has accumulators as well
+
 OTHERS = ("adam", "adamw", "nadam", "adamax", "sgd", "adagrad", "adadelta", "ftrl", "lion", "lamb", "muon")
 
 
@@ -48,20 +53,33 @@ def from_keras(
     """The state of `dialects.keras` from the variables of a Keras optimizer, in any order.
 
     The variables of the loss scaler that `mixed_float16` puts around it, and the averaged weights of `use_ema`,
-    are passed over: the update does not depend on them. For a saved model, `keras.saving.load_model` gives
-    the optimizer. Three generations have different names:
+    are passed over: the update does not depend on them. The generations have different names:
 
     ======================  ================================================================
     Keras 3                 `rmsprop/d_kernel_velocity`, and `rmsprop/iteration`
     tf.keras 2.11 to 2.15   `RMSprop/velocity/d/kernel:0`, and `iteration:0`
     tf.keras before, and    `RMSprop/d/kernel/rms:0`, and `RMSprop/iter:0`; the state is that
     its `legacy` class      of `dialects.tf_keras`
+    Keras 2.3 and before    numbers: `accumulator_0`, and `RMSprop/iterations:0`; the state is
+                            that of `dialects.tf_keras`
     ======================  ================================================================
+
+    HDF5 files of saved models (`model.h5`) have these names. The files in a `.keras` archive, and `.weights.h5`, have
+    numbers, in the order of the model's weights, and so has the list that `optimizer.get_weights()` returns. Where
+    Keras is not at hand to load them, give them names::
+
+        with zipfile.ZipFile("model.keras") as archive, h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
+            group = file["optimizer/vars"]
+            values = [group[str(i)][()] for i in range(len(group))]
+        slots = ["velocity", "momentum"]  # then "average_gradient"; those that the optimizer has
+        names = ["iteration", "learning_rate"]  # before Keras 3 without "learning_rate"
+        names += [f"{weight}_{slot}" for slot in slots for weight in weights]
+        state = interop.from_keras(zip(names, values, strict=True), convert)
 
     Args:
         variables: `[(v.path, v.numpy()) for v in optimizer.variables]`. Of tf.keras:
-            `[(v.name, v.numpy()) for v in optimizer.variables()]`. Or nested mappings, such as the group
-            `optimizer_weights` of an HDF5 file.
+            `[(v.name, v.numpy()) for v in optimizer.variables()]`. Or nested mappings, such as
+            `h5py.File("model.h5")`.
         convert: from arrays by name to a tree of parameters. Keras 3 names an accumulator by the path of its
             weight, with "_" for "/": `sequential/d1/kernel` is `sequential_d1_kernel` here. `None`: the dict.
         gradient_accumulation_steps: what the optimizer got. Needed where it has accumulators.
@@ -121,14 +139,11 @@ def to_keras(state: Any, convert_back: ConvertBack) -> list[tuple[str, np.ndarra
 
 def _by_path(variables: Any) -> dict[str, Any]:
     """The variables by their paths, without what TensorFlow and HDF5 files add."""
-    named = [(path.removeprefix("optimizer_weights/").removesuffix(":0"), value) for path, value in pairs(variables)]
+    named = list(pairs(variables))
+    saved = [(path, value) for path, value in named if path.startswith(HDF5)]  # of a whole file, which has the weights
+    named = [(path.removeprefix(HDF5).removesuffix(":0"), value) for path, value in saved or named]
     if twice := repeated(path for path, _ in named):
         raise ValueError(f"variables has {listed(twice)} twice")
-    if named and all(_last(path).isdigit() for path, _ in named):
-        raise ValueError(
-            f"the variables have no names, but numbers: {listed(path for path, _ in named)}. Load the file into the "
-            "compiled model, with keras.saving.load_model or model.load_weights, and pass its optimizer.variables"
-        )
     return dict(named)
 
 
@@ -149,8 +164,14 @@ def _accumulators(paths: Iterable[str]) -> tuple[Generation, dict[str, re.Match[
 def _check_is_rmsprop(
     generation: Generation, matches: Mapping[str, re.Match[str]], others: Iterable[str], name: str
 ) -> None:
-    """Raises if the variables are another optimizer's."""
+    """Raises if the variables are another optimizer's, or have no names."""
     unknown = [path for path in others if not re.fullmatch(f"{ITERATION}|{PASSED_OVER}", path)]
+    if unknown and all(re.fullmatch(NAMELESS, path) for path in unknown) and name in FOLDERS:
+        raise ValueError(
+            f"the variables have no names, but numbers: {listed(unknown)}. Load the file into the compiled model, with "
+            "keras.saving.load_model or model.load_weights, and pass its optimizer.variables. Or give them names, as "
+            "the documentation of from_keras shows"
+        )
     slots = [match["slot"] for match in matches.values()]
     if unknown or generation.slots["nu"] not in slots or name in OTHERS:
         found = listed(unknown or [*others, *matches])

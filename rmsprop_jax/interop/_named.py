@@ -44,6 +44,10 @@ def state_of(
     if lacking or not names:
         raise ValueError(f"the checkpoint lacks {lacking or list(foreign.values())}")
     _check_shapes(slots, foreign)
+    if negative := [name for name, x in slots["nu"].items() if (x < 0).any()]:
+        raise ValueError(
+            f"{foreign['nu']} of {listed(negative)} is negative: it averages no squares. Another optimizer's?"
+        )
     convert = convert or dict
     try:
         _check_convert(convert, slots["nu"])
@@ -79,10 +83,13 @@ def _check_convert(convert: Convert, arrays: Arrays) -> None:
     values = np.concatenate([np.zeros(0), *(np.ravel(x.astype(np.float64)) for x in leaves.values())])
     times = dict(zip(*np.unique(values, return_counts=True), strict=True))
     found = {name: times.get(number[name], 0) for name in arrays}
-    if forgotten := [name for name, x in arrays.items() if found[name] < x.size]:
+    # convert drops an array on purpose by putting None in its place. One that it only pops may have been forgotten.
+    kept = [name for name in arrays if numbers.get(name, found) is not None]
+    if forgotten := [name for name in kept if found[name] < arrays[name].size]:
         repeated = [name for name, x in arrays.items() if found[name] > x.size]
         also = f", and uses more than once {repeated}" if repeated else ""
-        raise ValueError(f"convert leaves out, or changes the values of, {forgotten}{also}")
+        drop = f"say so in convert: arrays[{forgotten[0]!r}] = None"
+        raise ValueError(f"convert leaves out, or changes the values of, {forgotten}{also}. If they are to go, {drop}")
 
 
 # --- To a framework ---------------------------------------------------------------------------------------
@@ -144,3 +151,39 @@ def pairs(variables: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from pairs(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
+
+
+def by_slot(
+    foreign: Mapping[str, str], found: Iterable[tuple[str, str, Any]], names: Mapping[str, str] | None = None
+) -> dict[str, Arrays]:
+    """Arrays by our slots and by the weights' names.
+
+    Args:
+        foreign: the framework's names of our slots.
+        found: for each array the framework's name of its slot, the framework's name of its weight, and the array.
+        names: from the framework's names of the weights to others. None: the framework's.
+    """
+    slot_of = {kind: slot for slot, kind in foreign.items()}
+    named = [(slot_of[kind], (names or {}).get(name, name), x) for kind, name, x in found]
+    if twice := repeated(f"{foreign[slot]} of {name}" for slot, name, _ in named):
+        raise ValueError(f"the checkpoint has {listed(twice)} twice")
+    slots: dict[str, Arrays] = {slot: {} for slot in foreign if slot in {"nu"}.union(slot for slot, *_ in named)}
+    for slot, name, x in named:
+        slots[slot][name] = array(x)
+    return slots
+
+
+def count_of(given: int | None, stored: Any) -> int:
+    """The updates made: what the caller says, or else what the checkpoint says."""
+    if given is None and stored is None:
+        raise ValueError("the checkpoint does not say how many updates were made: pass count, for schedules")
+    count = array(stored if given is None else given).item()
+    if count < 0 or count % 1:
+        raise ValueError(f"count={count:g}: allowed are 0 and positive integers")
+    return int(count)
+
+
+def somebody_else(ours: str, others: Mapping[str, str], kinds: Iterable[str], found: Iterable[str]) -> ValueError:
+    """The error for the checkpoint of another optimizer, which the names of its slots give away."""
+    kind = next((kind for slot, kind in others.items() if slot in set(kinds)), "another optimizer")
+    return ValueError(f"not the checkpoint of {ours}, but of {kind}: it has {listed(found) or 'nothing'}")

@@ -38,6 +38,8 @@ def from_pytorch(
 ) -> RMSPropState:
     """The state of `dialects.pytorch` from `torch.optim.RMSprop(...).state_dict()`.
 
+    Of `dialects.pfrl` as well: PFRL's classes inherit PyTorch's checkpoint, and only ε has another place.
+
     Args:
         optimizer_state_dict: with its "state" and "param_groups". From `torch.distributed.checkpoint` it may be
             flattened (`flatten_optimizer_state_dict=True`).
@@ -144,7 +146,7 @@ class Parameter(NamedTuple):
 
 
 def _read(state_dict: Mapping[str, Any], names: Names | None, convert: Convert | None, expected: Class) -> RMSPropState:
-    groups, entries = _parts(state_dict)
+    groups, entries = parts_of(state_dict)
     _check_class(groups, entries, expected)
     parameters = _parameters(groups, entries, names)
     wants = {
@@ -182,7 +184,7 @@ def _slot(parameter: Parameter, slot: str, wanted: bool, first: float) -> np.nda
     return x
 
 
-def _parts(state_dict: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], dict[Any, Mapping[str, Any]]]:
+def parts_of(state_dict: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], dict[Any, Mapping[str, Any]]]:
     """The groups, and the entries by the keys that the groups have."""
     if state_dict and all(str(key).startswith(("state.", "param_groups.")) for key in state_dict):
         state_dict = _unflattened(state_dict)

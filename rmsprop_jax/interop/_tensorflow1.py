@@ -52,6 +52,8 @@ def from_tensorflow1(
     """
     matches = {key: re.fullmatch(rf"(.+)/{re.escape(name)}(|_1|_2)(?::0)?", key) for key in slots}
     found = {key: match for key, match in matches.items() if match}
+    if not found and any(key.endswith("/.ATTRIBUTES/VARIABLE_VALUE") for key in slots):
+        raise ValueError(f"this is an object checkpoint of TensorFlow 2, which from_tensorflow2 reads: {listed(slots)}")
     if not found:
         raise ValueError(f"no slots of {name}, which are called */{name}, */{name}_1 and */{name}_2: {listed(slots)}")
     centered = any(match[2] == "_2" for match in found.values())

@@ -1,0 +1,176 @@
+"""TensorFlow 2's object checkpoints, where an array has the path through Python objects that leads to it."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .._rmsprop import RMSPropState
+from ._keras import from_keras
+from ._named import by_slot, Convert, count_of, somebody_else, state_of
+from ._text import listed
+
+
+VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
+GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+
+KERAS = {"nu": "rms", "mu": "mg", "trace": "momentum"}
+SONNET = {"nu": "ms", "mu": "mg", "trace": "mom"}
+OTHERS = {
+    "m": "Adam or one of its kin",
+    "momentum": "SGD with momentum",
+    "accumulated_momentum": "SGD with momentum",
+    "linear": "FTRL",
+    "accumulator": "Adagrad",
+    "accum_grad": "Adadelta",
+}
+
+# A slot beside its weight: tf.keras before 2.11, its `legacy` classes, and TensorFlow 1's classes.
+_BESIDE = re.compile(r"(?P<weight>.+)/\.OPTIMIZER_SLOT/(?P<optimizer>.+)/(?P<slot>[^/]+)")
+# Slots by number: Keras since 2.11, and Sonnet.
+_KERAS = re.compile(r"(?P<optimizer>.+)/_variables/\d+")
+_SONNET = re.compile(r"(?P<optimizer>.+)/(?P<slot>ms|mg|mom)/\d+")
+
+
+def from_tensorflow2(
+    slots: Mapping[str, Any],
+    convert: Convert | None = None,
+    name: str | None = None,
+    *,
+    count: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+) -> RMSPropState:
+    """The state of an optimizer in an object checkpoint, as `tf.train.Checkpoint` and `model.save_weights` make them.
+
+    All variables of the checkpoint may be there: weights and other objects are passed over. A SavedModel has such a
+    checkpoint in `variables/variables`::
+
+        reader = tf.train.load_checkpoint(directory)
+        slots = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+
+    ====================================  ========================  ==========================================
+    The optimizer                         The state is that of      `convert` gets a weight by
+    ====================================  ========================  ==========================================
+    tf.keras before 2.11, and `legacy`    `dialects.tf_keras`       its path, `model/layer_with_weights-0/kernel`
+    tf.keras 2.11 to 2.15                 `dialects.keras`          its name, `conv/kernel`
+    Keras 3                               `dialects.keras`          its name with "_" for "/", `conv_kernel`
+    Sonnet 2                              `dialects.sonnet`         its name, `net/conv/w`
+    `tf.compat.v1`                        `dialects.tensorflow1`    its path
+    ====================================  ========================  ==========================================
+
+    Args:
+        slots: arrays by key. Where the checkpoint numbers the arrays, their names are in its
+            `_CHECKPOINTABLE_OBJECT_GRAPH`, which has to be there.
+        convert: from arrays by name to a tree of parameters. `None`: the dict itself.
+        name: the optimizer's path: `"optimizer"` in `tf.train.Checkpoint(optimizer=...)`. Needed where there are
+            several.
+        count: of updates. `None` stands for the optimizer's own. Those of Sonnet and of `tf.compat.v1` do not count:
+            pass the number.
+        gradient_accumulation_steps: as in :func:`from_keras`.
+
+    Returns:
+        The state. Sonnet and `tf.compat.v1` have a momentum even if it is zero. Without momentum, go on with
+        `state._replace(trace=None)`.
+
+    Raises:
+        ValueError: names, slots or shapes do not fit; the error lists which. Or there is no count, no RMSProp, or
+            more than one optimizer.
+
+    Example:
+        >>> slot = "model/fc/kernel/.OPTIMIZER_SLOT/optimizer/rms/.ATTRIBUTES/VARIABLE_VALUE"
+        >>> slots = {slot: np.ones(2), "optimizer/iter/.ATTRIBUTES/VARIABLE_VALUE": 7}
+        >>> int(from_tensorflow2(slots, lambda arrays: arrays["model/fc/kernel"]).count)
+        7
+    """
+    found = {key.removesuffix(VALUE): x for key, x in slots.items() if key.endswith(VALUE)}
+    if not found:
+        raise ValueError(
+            f"no key ends in {VALUE}, so this is no object checkpoint, but perhaps one of TensorFlow 1 "
+            f"(from_tensorflow1) or a list of variables (from_keras): {listed(slots)}"
+        )
+    optimizer = _optimizer(found, name)
+    beside, keras, sonnet = (_matches(pattern, found, optimizer) for pattern in (_BESIDE, _KERAS, _SONNET))
+    if keras:
+        own = [key for key in found if key.startswith(f"{optimizer}/") and "/_trainable_variables/" not in key]
+        own.sort(key=lambda key: int(key.rpartition("/")[2]) if key in keras else -1)
+        names = _names(slots, own)
+        state = from_keras([(names[key], found[key]) for key in own], convert, gradient_accumulation_steps)
+        return state._replace(count=jnp.asarray(count_of(count, state.count), jnp.int32))
+    if beside:
+        table, of_slot = KERAS, [(match["slot"], match["weight"], found[key]) for key, match in beside.items()]
+    else:
+        names = _names(slots, sonnet)  # <optimizer>/<slot>/<weight>
+        table = SONNET
+        of_slot = [(match["slot"], names[key].split("/", 2)[-1], found[key]) for key, match in sonnet.items()]
+    return state_of(by_slot(table, of_slot), table, convert, count_of(count, found.get(f"{optimizer}/iter")))
+
+
+def _matches(pattern: re.Pattern[str], found: Iterable[str], optimizer: str = "") -> dict[str, re.Match[str]]:
+    """The keys of this pattern, of one optimizer or of all."""
+    matches = {key: pattern.fullmatch(key) for key in found}
+    return {key: match for key, match in matches.items() if match and optimizer in ("", match["optimizer"])}
+
+
+def _optimizer(found: Iterable[str], name: str | None) -> str:
+    """The path of the optimizer; raises if there is none, if there are several, or if it is not RMSProp."""
+    matches = [match for pattern in (_BESIDE, _KERAS, _SONNET) for match in _matches(pattern, found).values()]
+    paths = sorted({match["optimizer"] for match in matches})
+    mine = [path for path in paths if name is None or f"{path}/".startswith(f"{name}/")]
+    if paths and not mine:
+        raise ValueError(f"no optimizer called {name}: the checkpoint has {listed(paths)}")
+    if len(mine) > 1:
+        raise ValueError(f"the checkpoint has several optimizers: pass one of {listed(mine)} as name")
+    kinds = {match["slot"] for match in matches if match["optimizer"] in mine and match.re is not _KERAS}
+    if not mine:
+        kinds = {key.split("/")[-2] for key in found if re.fullmatch(r".+/\d+", key)}
+    if not mine or (kinds and not kinds & {KERAS["nu"], SONNET["nu"]}):
+        raise somebody_else("RMSProp", OTHERS, kinds, found)
+    return mine[0]
+
+
+# --- The names of numbered arrays -------------------------------------------------------------------------
+
+
+def _names(slots: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
+    """The names of TensorFlow's variables, by keys."""
+    if GRAPH not in slots:
+        raise ValueError(f"this checkpoint numbers the optimizer's arrays, and their names are in {GRAPH}: add it")
+    graph = slots[GRAPH]
+    try:
+        names = dict(_variables(graph if isinstance(graph, bytes) else np.asarray(graph, object).item()))
+    except (IndexError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{GRAPH} is not what TensorFlow saved under this key: its bytes") from error
+    if nameless := [key for key in keys if not names.get(key + VALUE)]:
+        raise ValueError(f"{GRAPH} has no names for {listed(nameless)}: is it of another checkpoint?")
+    return {key: names[key + VALUE] for key in keys}
+
+
+def _variables(graph: bytes) -> Iterator[tuple[str, str]]:
+    """Keys and names of the variables in a TrackableObjectGraph (trackable_object_graph.proto)."""
+    for _, node in _fields(graph):
+        for number, attribute in _fields(node):
+            if number == 2:
+                texts = dict(_fields(attribute))
+                yield texts.get(3, b"").decode(), texts.get(2, b"").decode()
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Numbers and values of the fields of a protocol buffer that has only integers, texts and messages."""
+    position = 0
+    while position < len(message):
+        tag, position = _integer(message, position)
+        value, position = _integer(message, position)
+        if tag & 7 == 2:
+            value, position = message[position : position + value], position + value
+        yield tag >> 3, value
+
+
+def _integer(message: bytes, position: int) -> tuple[int, int]:
+    """An integer of variable length, and the position behind it."""
+    end = position
+    while message[end] & 0x80:
+        end += 1
+    digits = [byte & 0x7F for byte in message[position : end + 1]]
+    return sum(digit << 7 * i for i, digit in enumerate(digits)), end + 1

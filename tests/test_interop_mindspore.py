@@ -1,0 +1,52 @@
+"""Checkpoints of MindSpore, recorded."""
+
+import numpy as np
+import pytest
+from golden.checkpoints import case_name, CONSTANT, recorded, ROWS
+from recordings import check_goes_on, from_torch_layout, others, rates, without_unused
+
+from rmsprop_jax import dialects, interop
+
+
+CASES = [(name, options) for name in ("mindspore", "mindspore-constant") for options in ROWS[name].cases]
+
+
+def checkpoint(name="mindspore", options=ROWS["mindspore"].cases[0]):
+    return recorded(case_name(name, options))["checkpoint"]["ckpt"]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[case_name(*case) for case in CASES])
+def test_resumes_a_recorded_run(name, options):
+    state = without_unused(interop.from_mindspore(checkpoint(name, options), from_torch_layout), options)
+    rate = CONSTANT if name == "mindspore-constant" else rates
+    check_goes_on(dialects.mindspore, options, state, recorded(case_name(name, options)), rate)
+
+
+FOREIGN = others("mindspore")
+
+
+@pytest.mark.parametrize(("kind", "forms"), [row[1:] for row in FOREIGN], ids=[kind for _, kind, _ in FOREIGN])
+def test_other_optimizers_are_named(kind, forms):
+    with pytest.raises(ValueError, match=f"not the checkpoint of MindSpore's RMSProp, but of {kind}"):
+        interop.from_mindspore(forms["ckpt"])
+
+
+def test_the_count():
+    arrays = checkpoint()
+    assert interop.from_mindspore(arrays, count=7).count == 7
+    del arrays["global_step"]
+    with pytest.raises(ValueError, match="does not say how many updates were made: pass count"):
+        interop.from_mindspore(arrays)
+
+
+def test_old_releases_started_at_zero():
+    arrays = {"mean_square.w": np.zeros(2), "moment.w": np.zeros(2), "global_step": np.zeros(1, np.int32)}
+    assert not interop.from_mindspore(arrays).nu["w"].any()
+
+
+def test_a_layer_called_moment():
+    arrays = checkpoint() | {"moment.weight": np.ones(5), "mean_square.moment.weight": np.ones(5)}
+    with pytest.raises(ValueError, match=r"lacks {'moment': \['moment.weight'\]}"):
+        interop.from_mindspore(arrays)
+    state = interop.from_mindspore(arrays | {"moment.moment.weight": np.zeros(5)})
+    assert set(state.trace) == {"conv.weight", "fc.weight", "fc.bias", "moment.weight"}

@@ -1,0 +1,120 @@
+"""Checkpoints of PaddlePaddle, recorded."""
+
+import jax
+import numpy as np
+import pytest
+from golden.checkpoints import case_name, CONSTANT, MOMENTUM, recorded, ROWS
+from recordings import check_goes_on, from_torch_layout, others, rates, without_unused
+
+from rmsprop_jax import dialects, interop
+
+
+CASES = [(name, options) for name in ("paddle", "paddle-constant") for options in ROWS[name].cases]
+
+
+def convert(arrays):
+    """Paddle's Linear is (in, out)."""
+    return from_torch_layout({**arrays, "fc.weight": arrays["fc.weight"].T})
+
+
+def checkpoint(name="paddle", options=ROWS["paddle"].cases[0]):
+    kept = recorded(case_name(name, options))["checkpoint"]
+    return kept["pdopt"], kept["names"]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[case_name(*case) for case in CASES])
+def test_resumes_a_recorded_run(name, options):
+    arrays, names = checkpoint(name, options)
+    state = interop.from_paddle(arrays, convert, 100 if name == "paddle-constant" else None, names)
+    rate = CONSTANT if name == "paddle-constant" else rates
+    check_goes_on(dialects.paddle, options, without_unused(state, options), recorded(case_name(name, options)), rate)
+
+
+FOREIGN = others("paddle")
+
+
+@pytest.mark.parametrize(("kind", "forms"), [row[1:] for row in FOREIGN], ids=[kind for _, kind, _ in FOREIGN])
+def test_other_optimizers_are_named(kind, forms):
+    with pytest.raises(ValueError, match=f"not the checkpoint of Paddle's RMSProp, but of {kind}"):
+        interop.from_paddle(forms["pdopt"])
+
+
+def test_paddle_s_own_names():
+    arrays, names = checkpoint()
+    assert set(interop.from_paddle(arrays).nu) == set(names)
+
+
+def test_without_a_scheduler_nobody_counts():
+    arrays, _ = checkpoint("paddle-constant")
+    with pytest.raises(ValueError, match="does not say how many updates were made: pass count"):
+        interop.from_paddle(arrays)
+    assert interop.from_paddle(arrays, count=7).count == 7
+    assert interop.from_paddle(checkpoint()[0], count=7).count == 7
+
+
+def test_master_weights_are_passed_over():
+    # The names that paddle 3.3.1 gives with multi_precision; its kernel for them needs a GPU.
+    arrays, names = checkpoint()
+    master = {
+        key if key == "LR_Scheduler" else key.replace("_m", "_fp32_master_0_m", 1): x for key, x in arrays.items()
+    }
+    assert any("linear_0.w_0_fp32_master_0_mean_square_0" in key.replace("linear_1", "linear_0") for key in master)
+    master["master_weights"] = {name: np.zeros(2) for name in names}
+    jax.tree.map(np.testing.assert_array_equal, interop.from_paddle(master), interop.from_paddle(arrays))
+
+
+def test_bfloat16_that_became_integers():
+    arrays, _ = checkpoint()
+    key = next(key for key in arrays if "mean_square" in key)
+    arrays[key] = arrays[key].astype(np.uint16)
+    with pytest.raises(
+        ValueError,
+        match=rf"{key} is uint16, the bits of bfloat16, .*: read the file with paddle.load, without return_numpy",
+    ):
+        interop.from_paddle(arrays)
+
+
+def test_two_accumulators_of_one_weight():
+    arrays, _ = checkpoint()
+    key = next(key for key in arrays if "mean_square" in key)
+    with pytest.raises(ValueError, match=rf"the checkpoint has mean_square of {key.split('_mean')[0]} twice"):
+        interop.from_paddle({**arrays, key.removesuffix("0") + "1": arrays[key]})
+
+
+def test_as_pickle_loads_it():
+    arrays, _ = checkpoint()
+    pickled = {**arrays, "StructuredToParameterName@@": {key: key for key in arrays}}
+    jax.tree.map(np.testing.assert_array_equal, interop.from_paddle(pickled), interop.from_paddle(arrays))
+
+
+@pytest.mark.parametrize("count", [-1, 7.5])
+def test_a_count_that_is_none(count):
+    with pytest.raises(ValueError, match=f"count={count}: allowed are 0 and positive integers"):
+        interop.from_paddle(checkpoint()[0], count=count)
+
+
+def test_sgd_keeps_nothing():
+    with pytest.raises(ValueError, match="not the checkpoint of Paddle's RMSProp, but perhaps of SGD: it has LR_Sched"):
+        interop.from_paddle({"LR_Scheduler": {"last_epoch": 3}})
+
+
+def test_names_that_lead_to_one():
+    arrays, names = checkpoint()
+    with pytest.raises(ValueError, match=r"the checkpoint has .*mean_square of fc.* twice"):
+        interop.from_paddle(arrays, names=dict.fromkeys(names, "fc"))
+
+
+def test_a_slot_that_is_missing():
+    arrays, _ = checkpoint()
+    key = next(key for key in arrays if "momentum" in key)
+    del arrays[key]
+    with pytest.raises(ValueError, match=rf"lacks {{'momentum': \['{key.split('_momentum')[0]}'\]"):
+        interop.from_paddle(arrays)
+
+
+def test_a_momentum_is_kept_if_there_is_one():
+    arrays, _ = checkpoint("paddle", ROWS["paddle"].cases[0])
+    assert ROWS["paddle"].cases[0].items() >= MOMENTUM.items()
+    state = interop.from_paddle(arrays)
+    assert state.mu is None
+    assert state.trace is not None
