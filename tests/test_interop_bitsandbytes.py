@@ -73,6 +73,7 @@ def quantized(n, length, scales="absmax1", hidden=False):
         (4096, 2048, "absmax1"),
         (300, 2048, "absmax1"),
         (1, 256, "absmax1"),
+        (0, 256, "absmax1"),
         (5000, 10**6, "max1"),
     ],
 )
@@ -147,9 +148,16 @@ def test_adagrad_has_a_decay_of_zero():
         interop.from_bitsandbytes({"state": {0: {"step": 1, "state1": np.ones(2)}}, "param_groups": [group]}, ["w"])
 
 
-def test_pytorch_s_checkpoint_is_sent_there():
-    group = {"momentum": 0, "centered": False, "alpha": 0.9, "eps": 1e-8, "foreach": None, "params": [0]}
-    entry = {"step": 1, "square_avg": np.ones(2)}
+@pytest.mark.parametrize(
+    ("group", "entry"),
+    [
+        ({"momentum": 0, "centered": False, "alpha": 0.9, "eps": 1e-8}, {"square_avg": np.ones(2)}),
+        ({"betas": (0.9, 0.999), "eps": 1e-8}, {"exp_avg": np.ones(2), "exp_avg_sq": np.ones(2)}),
+    ],
+    ids=["RMSprop", "Adam"],
+)
+def test_pytorch_s_checkpoint_is_sent_there(group, entry):
+    group, entry = group | {"foreach": None, "params": [0]}, entry | {"step": 1}
     with pytest.raises(ValueError, match="not a checkpoint of bitsandbytes, but perhaps one of PyTorch: from_pytorch"):
         interop.from_bitsandbytes({"state": {0: entry}, "param_groups": [group]}, ["w"])
 

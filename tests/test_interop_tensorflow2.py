@@ -96,6 +96,15 @@ def test_numbers_need_the_graph(name):
     assert state.nu
 
 
+def test_an_optimizer_with_a_name_of_its_own():
+    # TensorFlow gives the keys in no order; the numbers have one.
+    slots = slots_of("keras-3", ROWS["keras-3"].cases[0])
+    expected = interop.from_tensorflow2(slots)
+    slots = {key: slots[key] for key in sorted(slots, reverse=True)}
+    slots[GRAPH] = slots[GRAPH].replace(b"rm_sprop/", b"my_optim/")
+    jax.tree.map(np.testing.assert_array_equal, interop.from_tensorflow2(slots), expected)
+
+
 @pytest.mark.parametrize("graph", [b"\xff\xff\xff", "text", 7])
 def test_a_graph_that_is_none(graph):
     slots = slots_of("keras-3", ROWS["keras-3"].cases[0])

@@ -93,9 +93,9 @@ def _second_moment(key: Any, entry: Mapping[str, Any]) -> np.ndarray:
     if scales is None or "qmap1" not in entry:
         raise ValueError(f"entry {key!r} is in 8 bits and lacks qmap1 or absmax1: it has {sorted(entry)}")
     table, scales = array(entry["qmap1"]), array(scales)
-    length = next((n for n in BLOCKS if -(-codes.size // n) == scales.size), codes.size)
-    if scales.size != -(-codes.size // max(length, 1)):
+    lengths = [n for n in (*BLOCKS, codes.size or 1) if -(-codes.size // n) == scales.size]
+    if not lengths:
         raise ValueError(
             f"entry {key!r} has {codes.size} codes and {scales.size} scales, which fits no length of blocks"
         )
-    return table[codes.astype(int)] * np.repeat(scales, length)[: codes.size].reshape(codes.shape)
+    return table[codes.astype(int)] * np.repeat(scales, lengths[0])[: codes.size].reshape(codes.shape)

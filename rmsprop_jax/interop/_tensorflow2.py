@@ -94,6 +94,7 @@ def from_tensorflow2(
     beside, keras, sonnet = (_matches(pattern, found, optimizer) for pattern in (_BESIDE, _KERAS, _SONNET))
     if keras:
         own = [key for key in found if key.startswith(f"{optimizer}/") and "/_trainable_variables/" not in key]
+        # By number: in this order from_keras tells RMSprop from Adam, if its name does not.
         own.sort(key=lambda key: int(key.rpartition("/")[2]) if key in keras else -1)
         names = _names(slots, own)
         state = from_keras([(names[key], found[key]) for key in own], convert, gradient_accumulation_steps)
@@ -137,9 +138,8 @@ def _names(slots: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
     """The names of TensorFlow's variables, by keys."""
     if GRAPH not in slots:
         raise ValueError(f"this checkpoint numbers the optimizer's arrays, and their names are in {GRAPH}: add it")
-    graph = slots[GRAPH]
     try:
-        names = dict(_variables(graph if isinstance(graph, bytes) else np.asarray(graph, object).item()))
+        names = dict(_variables(np.asarray(slots[GRAPH], object).item()))
     except (IndexError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{GRAPH} is not what TensorFlow saved under this key: its bytes") from error
     if nameless := [key for key in keys if not names.get(key + VALUE)]:
