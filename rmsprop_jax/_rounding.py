@@ -101,7 +101,9 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
                 f"state.rest is {'' if keep_rest else 'not '}None, and keep_rest={keep_rest}: "
                 "carry the state over with interop.from_rmsprop(state, tx.init(params))"
             )
-        return _update(updates, state, params)
+        # The others pass through, and some may be no arrays: the functions of an Equinox module.
+        params = jax.tree.map(lambda p: p if _is_bfloat16(p) else None, params)
+        return _update(_pytree.without_float0(updates), state, params)
 
     return _pytree.alike(
         ("round_params_stochastically", keep_rest), lambda: optax.GradientTransformationExtraArgs(init, update)
@@ -115,7 +117,8 @@ def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
     more, so average these.
 
     Args:
-        params: the parameters. Those in half precision become float32; all others stay as they are.
+        params: the parameters. Those in half precision become float32; all others stay as they are, also leaves
+            that are no arrays.
         state: the optimizer's state, in any wrapper. Without a rest in it, this is a cast.
 
     Raises:
@@ -137,9 +140,12 @@ def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
         if isinstance(node, RoundParamsState):
             rests |= dict(tree_flatten_with_path(node.rest)[0])
     leaves, treedef = tree_flatten_with_path(params)
-    shapes = {path: jnp.shape(p) for path, p in leaves}
-    if wrong := [keystr(path) for path, rest in rests.items() if shapes.get(path) != rest.shape]:
-        raise ValueError(f"state has a rest for {', '.join(wrong)}, and params has no array of its shape there")
+    shapes = {path: getattr(p, "shape", None) for path, p in leaves}
+    if wrong := [f"params{keystr(path)}" for path, rest in rests.items() if shapes.get(path) != rest.shape]:
+        raise ValueError(
+            f"state has a rest for {', '.join(wrong)}, and there is no array of its shape: give the parameters that "
+            "the optimizer was initialized with. (Inside optax.flatten, a rest is one vector.)"
+        )
     return treedef.unflatten(_in_float32(p, rests.get(path)) for path, p in leaves)
 
 
@@ -152,7 +158,7 @@ def _update(updates: optax.Updates, state: Any, params: optax.Params) -> tuple[o
     new: list[Any] = [u for _, u in leaves]
     rests: list[Any] = new if state.rest is None else _pytree.column(updates, state.rest, "state.rest", "update")
     for i, ((path, u), p) in enumerate(zip(leaves, params_column, strict=True)):
-        if u is None or not _is_bfloat16(p):
+        if u is None or p is None:
             continue
         _check_shape(path, u, "parameter", p)
         if state.rest is None:
@@ -204,8 +210,9 @@ def _rounded_to(dtype: Any, x: jax.Array) -> jax.Array:
 def _in_float32(p: Any, rest: jax.Array | None) -> Any:
     if rest is not None:
         return _bits.join(p, rest)
-    dtype = jnp.result_type(p)
-    return jnp.asarray(p, _storage.compute_dtype(dtype)) if jnp.issubdtype(dtype, jnp.inexact) else p
+    if not (hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.inexact)):
+        return p
+    return jnp.asarray(p, _storage.compute_dtype(p.dtype))
 
 
 def _is_bfloat16(p: Any) -> bool:

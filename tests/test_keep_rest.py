@@ -1,10 +1,12 @@
 """Four bytes: a bfloat16 parameter and its rest are a float of 24 bits that moves as float32 does."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import example, given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -181,7 +183,7 @@ def test_errors_name_the_way_out():
     with pytest.raises(ValueError, match=r"no \['w'\] in params for its update"):
         FOUR_BYTES.update(GRADS, state, {k: v for k, v in PARAMS.items() if k != "w"})
     for params in ({}, PARAMS | {"w": jnp.ones(3)}):
-        with pytest.raises(ValueError, match=r"state has a rest for \['w'\], and params has no array of its shape"):
+        with pytest.raises(ValueError, match=r"state has a rest for params\['w'\], and there is no array of its shape"):
             params_in_float32(params, state)
 
 
@@ -251,3 +253,23 @@ def test_a_run_goes_on_in_a_chain_that_keeps_a_rest_and_back():
     wrapped = interop.from_rmsprop(state, optax.apply_if_finite(four, 3).init(params))
     np.testing.assert_array_equal(params_in_float32(params, wrapped)["w"], params_in_float32(params, state)["w"])
     assert (params_in_float32(params, wrapped)["w"] != params["w"].astype(jnp.float32)).any()
+
+
+def test_whole_models_of_flax_and_equinox():
+    tx = optax.chain(INNER, FOUR_BYTES)
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    params = nnx.state(model, nnx.Param)
+    kernel = params_in_float32(params, optimizer.opt_state)["kernel"][...]
+    assert kernel.dtype == jnp.float32
+    assert (kernel != params["kernel"][...].astype(jnp.float32)).any()
+
+    mlp = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0), dtype=jnp.bfloat16)
+    grads = eqx.filter(mlp, eqx.is_inexact_array)
+    updates, state = tx.update(grads, tx.init(grads), mlp)
+    mlp = eqx.apply_updates(mlp, updates)
+    wide = params_in_float32(mlp, state)
+    assert wide.activation is mlp.activation
+    assert wide.layers[0].weight.dtype == jnp.float32
+    assert (wide.layers[0].weight != mlp.layers[0].weight.astype(jnp.float32)).any()
