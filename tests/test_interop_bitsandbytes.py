@@ -1,6 +1,5 @@
 """Checkpoints of bitsandbytes, recorded from its CPU kernels."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -84,15 +83,6 @@ def test_blocks_of_every_length(n, length, scales, hidden):
     state = interop.from_bitsandbytes(checkpoint, ["w"])
     np.testing.assert_array_equal(state.nu["w"], nu)
     assert state.count == 7
-
-
-def test_torch_s_tensors():
-    torch = pytest.importorskip("torch")
-    tensors = state_dict()
-    for entry in tensors["state"].values():
-        entry[HIDDEN] = {k: torch.from_numpy(x.copy()) for k, x in entry[HIDDEN].items()}
-    expected = interop.from_bitsandbytes(state_dict(), NAMES)
-    jax.tree.map(np.testing.assert_array_equal, interop.from_bitsandbytes(tensors, NAMES), expected)
 
 
 @pytest.mark.parametrize(

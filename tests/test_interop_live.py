@@ -181,3 +181,15 @@ def test_keras_files_that_are_sorted(tmp_path, subtests):
                 pytest.raises(ValueError, match="not the variables of Keras' RMSprop, but of adam"),
             ):
                 interop.from_keras(file["optimizer_weights"])
+
+
+@where_it_is("torch")
+def test_blocks_of_bitsandbytes_in_tensors():
+    import torch
+    from test_interop_bitsandbytes import HIDDEN, NAMES, state_dict
+
+    tensors = state_dict()
+    for entry in tensors["state"].values():
+        entry[HIDDEN] = {k: torch.from_numpy(x.copy()) for k, x in entry[HIDDEN].items()}
+    expected = interop.from_bitsandbytes(state_dict(), NAMES)
+    jax.tree.map(np.testing.assert_array_equal, interop.from_bitsandbytes(tensors, NAMES), expected)
