@@ -1,0 +1,383 @@
+"""Numbers to watch while a network trains."""
+
+import collections
+import functools
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+from jax.typing import ArrayLike
+
+from . import _pytree, _storage
+from ._rmsprop import _number
+from .interop import _carry, _rows
+from .interop._text import listed, repeated
+
+
+Names = tuple[str, ...]  # the keys on the way to a leaf
+
+LEARNING_RATES = ("learning_rate", "lr", "eta")  # the names of a rate, here and in the dialects
+
+
+def metrics(
+    state: Any,
+    updates: optax.Updates | None = None,
+    params: optax.Params | None = None,
+    *,
+    eps: ArrayLike | None = None,
+    eps_in_sqrt: bool = True,
+    per_leaf: bool = False,
+) -> dict[str, jax.Array]:
+    """Numbers for a progress bar or TensorBoard, which tell whether a run is healthy.
+
+    With ν as the state keeps it, without bias correction, and with the mean μ if centered::
+
+        count            updates made
+        learning_rate    the injected one, if one is injected
+        grad_rms         √ mean(ν + |μ|²)       root mean square of recent gradients
+        nu_min, nu_max   min ν, max ν           of the variance if centered
+        at_floor         share of ν in code 0   of what is kept in one byte: as small as it can be
+        at_ceiling       share in code 255      as large as it can be
+        eps_share        mean ε / (ν + ε)       or ε / (√ν + ε) unless eps_in_sqrt; with `eps`
+        update_rms       √ mean |u|²            with `updates`
+        update_max       max |u|                with `updates`
+        param_rms        √ mean |p|²            with `params`
+        update_to_param  ‖u‖ / ‖p‖              with both
+
+    An `eps_share` near 1 means that ε has taken over. RMSProp is then gradient descent at a rate of α/√ε, or α/ε
+    outside the root. This is what makes the dialects part.
+
+    Means are over all elements, so a large parameter weighs more than a small one. Leaves that are masked, `None`,
+    integer or empty are left out. If none remains, the numbers are NaN. Squares neither overflow nor vanish.
+
+    The learning rate is the one that :func:`optax.inject_hyperparams` keeps, with or without a schedule, under
+    the name `learning_rate`, `lr` or `eta`. Several rates, as in groups of :func:`optax.partition`, have their group
+    in front: `kernels/learning_rate` and `rest/learning_rate`. If groups have different counts, `count` is the
+    largest. It is NaN where nothing counts, as in a bare state of :func:`optax.scale_by_rms`.
+
+    Args:
+        state: the optimizer's state, in any wrapper, or a whole Flax `TrainState` or `nnx.Optimizer`. The states of
+            :func:`optax.rmsprop`, :func:`optax.scale_by_rms` and :func:`optax.scale_by_stddev` are taken as well.
+        updates: the updates that the optimizer returned, a tree like the parameters.
+        params: the parameters. With `updates`, those that have an update count.
+        eps: ε as the optimizer has it. The state does not keep it.
+        eps_in_sqrt: as the optimizer has it.
+        per_leaf: give the numbers of each leaf as well, such as `layer/kernel/grad_rms`. Flax's `value` at the end of
+            a path is left out.
+
+    Returns:
+        A flat dict of scalars in float32. It can be computed inside `jax.jit`, `jax.lax.scan` and `jax.vmap`. The
+        numbers are the same on any layout of devices, up to the order of summation.
+
+    Raises:
+        ValueError: `state` has no state of RMSProp, several for one parameter, or one that was vmapped; the trees do
+            not fit; `eps` is out of range, or `eps_in_sqrt=False` is given without it.
+        TypeError: an argument has the wrong type, or a leaf is no array.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from rmsprop_jax import metrics, rmsprop
+        >>> def train(tx, scale, **options):
+        ...     params = {"w": jnp.linspace(1.0, 2.0, 100)}
+        ...     state = tx.init(params)
+        ...     for _ in range(100):
+        ...         grads = jax.tree.map(lambda p: scale * p, params)
+        ...         updates, state = tx.update(grads, state, params)
+        ...         params = optax.apply_updates(params, updates)
+        ...     for name, number in metrics(state, updates, params, **options).items():
+        ...         print(f"{name:15} {number:.2g}")
+
+        A healthy run: ε is far below ν, and steps are as long as the learning rate.
+
+        >>> train(optax.inject_hyperparams(rmsprop)(learning_rate=1e-3), scale=1.0, eps=1e-8)
+        count           1e+02
+        learning_rate   0.001
+        eps_share       5.9e-09
+        grad_rms        1.4
+        nu_max          3.6
+        nu_min          0.81
+        param_rms       1.4
+        update_max      0.001
+        update_rms      0.00099
+        update_to_param 0.0007
+
+        ε is too large for these gradients, and steps are 60 times too short:
+
+        >>> train(rmsprop(1e-3, eps=1e-8), scale=1e-6, eps=1e-8)
+        count           1e+02
+        eps_share       1
+        grad_rms        1.5e-06
+        nu_max          4e-12
+        nu_min          1e-12
+        param_rms       1.5
+        update_max      2e-05
+        update_rms      1.5e-05
+        update_to_param 1e-05
+
+        These gradients are too large for one byte. All codes are the largest:
+
+        >>> train(rmsprop(1e-3, state_dtype=jnp.uint8), scale=1e8)
+        count           1e+02
+        at_ceiling      1
+        at_floor        0
+        grad_rms        4.5e+05
+        nu_max          2.1e+11
+        nu_min          2.1e+11
+        param_rms       1.4
+        update_max      0.001
+        update_rms      0.001
+        update_to_param 0.0007
+    """
+    for name, flag in {"eps_in_sqrt": eps_in_sqrt, "per_leaf": per_leaf}.items():
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{name}={flag!r} has type {type(flag).__name__}: allowed are True and False")
+    if eps is None and not eps_in_sqrt:
+        raise ValueError("eps_in_sqrt=False says where eps is added: it needs eps, got eps=None")
+    eps = None if eps is None else _number("eps", eps)
+
+    contents = _carry.collect(state)
+    _carry.check_has_rmsprop(contents, state, "this")
+    rows = {_names(path): row._replace(trace=None) for path, row in contents.rows().items()}
+    masked = {_names(path) for path in contents.masked()}
+    changes = None if updates is None else _of_rmsprop(updates, rows, masked)
+    values = None if params is None else _with_partner(params, rows if changes is None else changes)
+    columns = rows, changes, values
+
+    labels = _labels([names for column in columns for names in column or ()])
+    columns = [
+        column if column is None else {labels[names]: x for names, x in column.items() if _size(x)}
+        for column in columns
+    ]
+    numbers = _numbers(*columns, eps, eps_in_sqrt=bool(eps_in_sqrt), per_leaf=bool(per_leaf))
+    return {"count": _count(contents), **_learning_rates(contents), **numbers}
+
+
+# --- The numbers ------------------------------------------------------------------------------------------
+
+
+def _rms(size: jax.Array, shares: np.ndarray | None = None) -> jax.Array:
+    """The root mean square, without a square that overflows or vanishes."""
+    largest = jnp.max(size)
+    scale = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+    return scale * jnp.sqrt(_mean(jnp.square(size / scale), shares))
+
+
+def _mean(x: jax.Array, shares: np.ndarray | None = None) -> jax.Array:
+    return jnp.mean(x) if shares is None else jnp.sum(x * jnp.asarray(shares, x.dtype))
+
+
+def _smallest(x: jax.Array, shares: np.ndarray | None = None) -> jax.Array:
+    return jnp.min(x)
+
+
+def _largest(x: jax.Array, shares: np.ndarray | None = None) -> jax.Array:
+    return jnp.max(x)
+
+
+# The number of a leaf is taken over its elements, and that of all leaves in the same way over those of the leaves, with
+# the share that each has in all elements.
+_REDUCTIONS: dict[str, Callable[..., jax.Array]] = {
+    "grad_rms": _rms,
+    "nu_min": _smallest,
+    "nu_max": _largest,
+    "at_floor": _mean,
+    "at_ceiling": _mean,
+    "eps_share": _mean,
+    "update_rms": _rms,
+    "update_max": _largest,
+    "param_rms": _rms,
+}
+
+
+# At module level, with eps as an argument: outside jit one program serves all runs with these shapes.
+@functools.partial(jax.jit, static_argnames=("eps_in_sqrt", "per_leaf"))
+def _numbers(
+    rows: Mapping[str, _rows.Row],
+    updates: Mapping[str, Any] | None,
+    params: Mapping[str, Any] | None,
+    eps: Any,
+    eps_in_sqrt: bool,
+    per_leaf: bool,
+) -> dict[str, jax.Array]:
+    leaves: dict[str, dict[str, jax.Array]] = collections.defaultdict(dict)  # by their metric, then by their label
+    sizes: dict[str, list[int]] = collections.defaultdict(list)
+    of_state = functools.partial(_of_state, eps=eps, eps_in_sqrt=eps_in_sqrt)
+    for column, of_array in ((rows, of_state), (updates, _of_update), (params, _of_param)):
+        for label, x in (column or {}).items():
+            for name, number in of_array(x).items():
+                leaves[name][label] = number
+                sizes[name].append(_size(x))
+    always = ["grad_rms", "nu_min", "nu_max", *(["eps_share"] if eps is not None else [])]
+    always += ["update_rms", "update_max"] if updates is not None else []
+    always += ["param_rms"] if params is not None else []
+    totals = dict.fromkeys(always, jnp.float32(jnp.nan)) | {
+        name: _of_all(name, [*found.values()], sizes[name]) for name, found in leaves.items()
+    }
+    groups = {"": totals}
+    if per_leaf:
+        for name, found in leaves.items():
+            for label, number in found.items():
+                groups.setdefault(label, {})[name] = number
+    return {
+        f"{label}/{name}" if label else name: jnp.asarray(number, jnp.float32)
+        for label, found in groups.items()
+        for name, number in _with_ratio(found).items()
+    }
+
+
+# One array. It is traced once for all leaves of a shape.
+@functools.partial(jax.jit, static_argnames="eps_in_sqrt")
+def _of_state(row: _rows.Row, eps: Any, eps_in_sqrt: bool) -> dict[str, jax.Array]:
+    nu = _storage.decode(row.nu)
+    second_moment = nu if row.mu is None else _rows.second_moment(row.nu, row.mu)
+    elements = {"grad_rms": jnp.sqrt(second_moment), "nu_min": nu, "nu_max": nu}
+    if row.nu.dtype == jnp.uint8:
+        elements |= {"at_floor": row.nu == 0, "at_ceiling": row.nu == 255}
+    if eps is not None:
+        eps = jnp.asarray(eps, nu.dtype)
+        denominator = (nu if eps_in_sqrt else jnp.sqrt(nu)) + eps
+        elements["eps_share"] = jnp.where(denominator == 0, 0, eps / denominator)  # eps=0 has no share in 0
+    return _reduced(elements)
+
+
+@jax.jit
+def _of_update(x: Any) -> dict[str, jax.Array]:
+    size = _absolute(x)
+    return _reduced({"update_rms": size, "update_max": size})
+
+
+@jax.jit
+def _of_param(x: Any) -> dict[str, jax.Array]:
+    return _reduced({"param_rms": _absolute(x)})
+
+
+def _absolute(x: Any) -> jax.Array:
+    return jnp.abs(jnp.asarray(x, _storage.compute_dtype(jnp.result_type(x))))
+
+
+def _reduced(elements: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _REDUCTIONS[name](x) for name, x in elements.items()}
+
+
+def _of_all(name: str, numbers: list[jax.Array], sizes: list[int]) -> jax.Array:
+    dtype = jnp.result_type(*numbers)
+    return _REDUCTIONS[name](jnp.stack([x.astype(dtype) for x in numbers]), np.array(sizes) / sum(sizes))
+
+
+def _with_ratio(found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The numbers, and update_to_param where both are there. They have the same elements, so rms will do for norms."""
+    if not {"update_rms", "param_rms"} <= found.keys():
+        return dict(found)
+    dtype = jnp.result_type(found["update_rms"], found["param_rms"])
+    update, param = found["update_rms"].astype(dtype), found["param_rms"].astype(dtype)
+    return {**found, "update_to_param": jnp.where(update == 0, 0, update / param)}  # 0 of 0 is no movement
+
+
+# --- What wrappers hold -------------------------------------------------------------------------------------
+
+
+def _count(contents: _carry.Contents) -> jax.Array:
+    counts = [_scalar(path, x) for path, x in contents.counts().items()]
+    return functools.reduce(jnp.maximum, counts) if counts else jnp.float32(jnp.nan)
+
+
+def _learning_rates(contents: _carry.Contents) -> dict[str, jax.Array]:
+    """Injected rates. Where there are several, they are told apart by the keys at which their paths part."""
+    found = {
+        path: _scalar(path, contents.leaves[path])
+        for path, key in contents.keys.items()
+        if key.field == "hyperparams" and keystr(key.below[:1], simple=True) in LEARNING_RATES
+    }
+    rates = {}
+    for path, rate in found.items():
+        parts = {_carry.shared_keys(path, other) for other in found if other != path}
+        rates["/".join(keystr((path[i],), simple=True) for i in sorted(parts)), "learning_rate"] = rate
+    return {"/".join(filter(None, name)): rate for name, rate in rates.items()}
+
+
+def _scalar(path: _rows.Path, x: Any) -> jax.Array:
+    if np.shape(x) != ():
+        raise ValueError(
+            f"{keystr(path)} of state has shape {np.shape(x)}, as if it was vmapped: call "
+            "jax.vmap(rmsprop_jax.metrics)(state)"
+        )
+    return jnp.asarray(x, jnp.float32)
+
+
+# --- Leaves by their names ----------------------------------------------------------------------------------
+
+
+_BOX = ".value"  # the array in a variable of Flax
+
+
+def _names(path: _rows.Path) -> Names:
+    """The keys of a path. Those of a module and of its state are the same, though one has attributes."""
+    names = tuple(keystr((key,), simple=True) for key in path)
+    return (*names[:-1], _BOX) if path[-1:] == (GetAttrKey("value"),) else names
+
+
+def _of_rmsprop(updates: optax.Updates, rows: Collection[Names], masked: Collection[Names]) -> dict[Names, Any]:
+    """The updates of parameters that have a state."""
+    leaves = _numeric("update", _leaves(updates))
+    if strange := leaves.keys() - _related(leaves, {*rows, *masked}):
+        raise ValueError(f"updates has {_listed(strange)}, and state nothing for it: both must be like the parameters")
+    return {names: leaves[names] for names in _related(leaves, rows)}
+
+
+def _with_partner(params: optax.Params, partners: Collection[Names]) -> dict[Names, Any]:
+    """The parameters at the places of the updates, or of the state."""
+    leaves = _leaves(params)
+    found = _numeric("parameter", {names: leaves[names] for names in _related(leaves, partners)})
+    if lacking := set(partners) - _related(partners, found):
+        raise ValueError(f"params has nothing for {_listed(lacking)}: it must have all parameters that are updated")
+    return found
+
+
+def _leaves(tree: Any) -> dict[Names, tuple[_rows.Path, Any]]:
+    return {_names(path): (path, x) for path, x in tree_flatten_with_path(tree)[0]}
+
+
+def _numeric(kind: str, leaves: Mapping[Names, tuple[_rows.Path, Any]]) -> dict[Names, Any]:
+    """Those of floating or complex numbers. Integers do not train, nor does float0, which stands for their gradient."""
+    return {
+        names: x
+        for names, (path, x) in leaves.items()
+        if getattr(x, "dtype", None) != jax.dtypes.float0
+        and jnp.issubdtype(_pytree.checked_dtype(kind, path, x), jnp.inexact)
+    }
+
+
+def _related(paths: Iterable[Names], others: Iterable[Names]) -> set[Names]:
+    """Those of the paths that lie at, above or below one of the others."""
+    others = set(others)
+    above = {other[:n] for other in others for n in range(len(other))}
+    return {path for path in paths if path in above or any(path[:n] in others for n in range(len(path) + 1))}
+
+
+def _listed(paths: Iterable[Names]) -> str:
+    return listed(sorted("/".join(names) for names in paths))
+
+
+def _size(x: Any) -> int:
+    return math.prod(np.shape(x.nu if isinstance(x, _rows.Row) else x))
+
+
+def _labels(paths: Iterable[Names]) -> dict[Names, str]:
+    """What to call each leaf."""
+    paths = set(paths)
+    siblings = collections.Counter(names[:n] for names in paths for n in range(len(names)))
+
+    def label(names: Names) -> str:
+        if names[-1:] != (_BOX,):
+            return "/".join(names)
+        return "/".join(names[:-1] if siblings[names[:-1]] == 1 else (*names[:-1], "value"))
+
+    labels = {names: label(names) for names in paths}
+    if twice := repeated(labels.values()):
+        raise ValueError(f"several leaves would be called {listed(twice)}: rename the keys that contain a slash")
+    return labels
