@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from .interop._text import listed, repeated
 
 Names = tuple[str, ...]  # the keys on the way to a leaf
 
-LEARNING_RATES = ("learning_rate", "lr", "eta")  # the names of a rate, here and in the dialects
+LEARNING_RATES = ("learning_rate", "lr", "eta", "learningRate")  # as the dialects call it
 
 
 def metrics(
@@ -56,7 +56,7 @@ def metrics(
     integer or empty are left out. If none remains, the numbers are NaN. Squares neither overflow nor vanish.
 
     The learning rate is the one that :func:`optax.inject_hyperparams` keeps, with or without a schedule, under
-    the name `learning_rate`, `lr` or `eta`. Several rates, as in groups of :func:`optax.partition`, have their group
+    any name that a dialect has for it. Several rates, as in groups of :func:`optax.partition`, have their group
     in front: `kernels/learning_rate` and `rest/learning_rate`. If groups have different counts, `count` is the
     largest. It is NaN where nothing counts, as in a bare state of :func:`optax.scale_by_rms`.
 
@@ -146,15 +146,18 @@ def metrics(
     masked = {_names(path) for path in contents.masked()}
     changes = None if updates is None else _of_rmsprop(updates, rows, masked)
     values = None if params is None else _with_partner(params, rows if changes is None else changes)
-    columns = rows, changes, values
+    columns = _not_empty(rows), _not_empty(changes), _not_empty(values)
 
-    labels = _labels([names for column in columns for names in column or ()])
-    columns = [
-        column if column is None else {labels[names]: x for names, x in column.items() if _size(x)}
-        for column in columns
-    ]
-    numbers = _numbers(*columns, eps, eps_in_sqrt=bool(eps_in_sqrt), per_leaf=bool(per_leaf))
-    return {"count": _count(contents), **_learning_rates(contents), **numbers}
+    numbers, of_leaves = _numbers(*columns, eps, eps_in_sqrt=bool(eps_in_sqrt))
+    found = {"count": _count(contents), **_learning_rates(contents), **numbers}
+    if not per_leaf:
+        return found
+    labels = _labels(of_leaves)
+    return found | {
+        "/".join(filter(None, (labels[names], name))): number
+        for names, numbers in of_leaves.items()
+        for name, number in numbers.items()
+    }
 
 
 # --- The numbers ------------------------------------------------------------------------------------------
@@ -195,39 +198,31 @@ _REDUCTIONS: dict[str, Callable[..., jax.Array]] = {
 
 
 # At module level, with eps as an argument: outside jit one program serves all runs with these shapes.
-@functools.partial(jax.jit, static_argnames=("eps_in_sqrt", "per_leaf"))
+@functools.partial(jax.jit, static_argnames="eps_in_sqrt")
 def _numbers(
-    rows: Mapping[str, _rows.Row],
-    updates: Mapping[str, Any] | None,
-    params: Mapping[str, Any] | None,
+    rows: Mapping[Names, _rows.Row] | None,
+    updates: Mapping[Names, Any] | None,
+    params: Mapping[Names, Any] | None,
     eps: Any,
     eps_in_sqrt: bool,
-    per_leaf: bool,
-) -> dict[str, jax.Array]:
-    leaves: dict[str, dict[str, jax.Array]] = collections.defaultdict(dict)  # by their metric, then by their label
-    sizes: dict[str, list[int]] = collections.defaultdict(list)
+) -> tuple[dict[str, jax.Array], dict[Names, dict[str, jax.Array]]]:
+    """The numbers of all leaves together, and those of each."""
+    of_leaves: dict[Names, dict[str, jax.Array]] = collections.defaultdict(dict)
+    found: dict[str, list[tuple[int, jax.Array]]] = collections.defaultdict(list)  # sizes of leaves, and their numbers
     of_state = functools.partial(_of_state, eps=eps, eps_in_sqrt=eps_in_sqrt)
     for column, of_array in ((rows, of_state), (updates, _of_update), (params, _of_param)):
-        for label, x in (column or {}).items():
-            for name, number in of_array(x).items():
-                leaves[name][label] = number
-                sizes[name].append(_size(x))
-    always = ["grad_rms", "nu_min", "nu_max", *(["eps_share"] if eps is not None else [])]
-    always += ["update_rms", "update_max"] if updates is not None else []
-    always += ["param_rms"] if params is not None else []
-    totals = dict.fromkeys(always, jnp.float32(jnp.nan)) | {
-        name: _of_all(name, [*found.values()], sizes[name]) for name, found in leaves.items()
+        for names, x in (column or {}).items():
+            numbers = of_array(x)
+            of_leaves[names] |= numbers
+            for name, number in numbers.items():
+                found[name].append((_size(x), number))
+    expected = ["grad_rms", "nu_min", "nu_max", *(["eps_share"] if eps is not None else [])]
+    expected += ["update_rms", "update_max"] if updates is not None else []
+    expected += ["param_rms"] if params is not None else []
+    of_all = dict.fromkeys(expected, jnp.float32(jnp.nan)) | {
+        name: _of_all(name, *zip(*leaves, strict=True)) for name, leaves in found.items()
     }
-    groups = {"": totals}
-    if per_leaf:
-        for name, found in leaves.items():
-            for label, number in found.items():
-                groups.setdefault(label, {})[name] = number
-    return {
-        f"{label}/{name}" if label else name: jnp.asarray(number, jnp.float32)
-        for label, found in groups.items()
-        for name, number in _with_ratio(found).items()
-    }
+    return _finished(of_all), {names: _finished(numbers) for names, numbers in of_leaves.items()}
 
 
 # One array. It is traced once for all leaves of a shape.
@@ -264,32 +259,33 @@ def _reduced(elements: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: _REDUCTIONS[name](x) for name, x in elements.items()}
 
 
-def _of_all(name: str, numbers: list[jax.Array], sizes: list[int]) -> jax.Array:
-    dtype = jnp.result_type(*numbers)
+def _of_all(name: str, sizes: Sequence[int], numbers: Sequence[jax.Array]) -> jax.Array:
+    dtype = np.result_type(*(x.dtype for x in numbers))
     return _REDUCTIONS[name](jnp.stack([x.astype(dtype) for x in numbers]), np.array(sizes) / sum(sizes))
 
 
-def _with_ratio(found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The numbers, and update_to_param where both are there. They have the same elements, so rms will do for norms."""
-    if not {"update_rms", "param_rms"} <= found.keys():
-        return dict(found)
-    dtype = jnp.result_type(found["update_rms"], found["param_rms"])
-    update, param = found["update_rms"].astype(dtype), found["param_rms"].astype(dtype)
-    return {**found, "update_to_param": jnp.where(update == 0, 0, update / param)}  # 0 of 0 is no movement
+def _finished(numbers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The numbers in float32, with update_to_param where both of its parts are there."""
+    numbers = {name: x.astype(jnp.float32) for name, x in numbers.items()}
+    if not {"update_rms", "param_rms"} <= numbers.keys():
+        return numbers
+    # Both are of the same elements, so the ratio of the norms is this. An update of zero is no movement, also of zero.
+    update, param = numbers["update_rms"], numbers["param_rms"]
+    return numbers | {"update_to_param": jnp.where(update == 0, 0, update / param)}
 
 
 # --- What wrappers hold -------------------------------------------------------------------------------------
 
 
 def _count(contents: _carry.Contents) -> jax.Array:
-    counts = [_scalar(path, x) for path, x in contents.counts().items()]
+    counts = [_scalar("count", path, x) for path, x in contents.counts().items()]
     return functools.reduce(jnp.maximum, counts) if counts else jnp.float32(jnp.nan)
 
 
 def _learning_rates(contents: _carry.Contents) -> dict[str, jax.Array]:
     """Injected rates. Where there are several, they are told apart by the keys at which their paths part."""
     found = {
-        path: _scalar(path, contents.leaves[path])
+        path: _scalar("the learning rate", path, contents.leaves[path])
         for path, key in contents.keys.items()
         if key.field == "hyperparams" and keystr(key.below[:1], simple=True) in LEARNING_RATES
     }
@@ -300,11 +296,10 @@ def _learning_rates(contents: _carry.Contents) -> dict[str, jax.Array]:
     return {"/".join(filter(None, name)): rate for name, rate in rates.items()}
 
 
-def _scalar(path: _rows.Path, x: Any) -> jax.Array:
+def _scalar(what: str, path: _rows.Path, x: Any) -> jax.Array:
     if np.shape(x) != ():
         raise ValueError(
-            f"{keystr(path)} of state has shape {np.shape(x)}, as if it was vmapped: call "
-            "jax.vmap(rmsprop_jax.metrics)(state)"
+            f"{what} in state{keystr(path)} has shape {np.shape(x)}, as vmap makes it: call jax.vmap(metrics)(state)"
         )
     return jnp.asarray(x, jnp.float32)
 
@@ -363,12 +358,16 @@ def _listed(paths: Iterable[Names]) -> str:
     return listed(sorted("/".join(names) for names in paths))
 
 
+def _not_empty(column: Mapping[Names, Any] | None) -> dict[Names, Any] | None:
+    return None if column is None else {names: x for names, x in column.items() if _size(x)}
+
+
 def _size(x: Any) -> int:
     return math.prod(np.shape(x.nu if isinstance(x, _rows.Row) else x))
 
 
 def _labels(paths: Iterable[Names]) -> dict[Names, str]:
-    """What to call each leaf."""
+    """What to call each leaf: nobody wants to see Flax's boxes."""
     paths = set(paths)
     siblings = collections.Counter(names[:n] for names in paths for n in range(len(names)))
 
