@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
 from . import _pytree, _storage
-from ._rmsprop import _number
+from ._rmsprop import _abs_sq, _number
 from .interop import _carry, _rows
 from .interop._text import listed, repeated
 
@@ -163,40 +163,6 @@ def metrics(
 # --- The numbers ------------------------------------------------------------------------------------------
 
 
-def _rms(size: jax.Array, shares: np.ndarray | None = None) -> jax.Array:
-    """The root mean square, without a square that overflows or vanishes."""
-    largest = jnp.max(size)
-    scale = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
-    return scale * jnp.sqrt(_mean(jnp.square(size / scale), shares))
-
-
-def _mean(x: jax.Array, shares: np.ndarray | None = None) -> jax.Array:
-    return jnp.mean(x) if shares is None else jnp.sum(x * jnp.asarray(shares, x.dtype))
-
-
-def _smallest(x: jax.Array, shares: np.ndarray | None = None) -> jax.Array:
-    return jnp.min(x)
-
-
-def _largest(x: jax.Array, shares: np.ndarray | None = None) -> jax.Array:
-    return jnp.max(x)
-
-
-# The number of a leaf is taken over its elements, and that of all leaves in the same way over those of the leaves, with
-# the share that each has in all elements.
-_REDUCTIONS: dict[str, Callable[..., jax.Array]] = {
-    "grad_rms": _rms,
-    "nu_min": _smallest,
-    "nu_max": _largest,
-    "at_floor": _mean,
-    "at_ceiling": _mean,
-    "eps_share": _mean,
-    "update_rms": _rms,
-    "update_max": _largest,
-    "param_rms": _rms,
-}
-
-
 # At module level, with eps as an argument: outside jit one program serves all runs with these shapes.
 @functools.partial(jax.jit, static_argnames="eps_in_sqrt")
 def _numbers(
@@ -225,43 +191,67 @@ def _numbers(
     return _finished(of_all), {names: _finished(numbers) for names, numbers in of_leaves.items()}
 
 
-# One array. It is traced once for all leaves of a shape.
+# One array. It is traced once for all leaves of a shape. Each reduction reads the array itself: what two of them share,
+# such as |x|, XLA's CPU backend writes to memory, which takes five times as long.
 @functools.partial(jax.jit, static_argnames="eps_in_sqrt")
 def _of_state(row: _rows.Row, eps: Any, eps_in_sqrt: bool) -> dict[str, jax.Array]:
-    nu = _storage.decode(row.nu)
-    second_moment = nu if row.mu is None else _rows.second_moment(row.nu, row.mu)
-    elements = {"grad_rms": jnp.sqrt(second_moment), "nu_min": nu, "nu_max": nu}
+    nu, smallest, largest = (_storage.decode(x) for x in (row.nu, jnp.min(row.nu), jnp.max(row.nu)))
+    second, bound = nu, largest
+    if row.mu is not None:
+        second, bound = _rows.second_moment(row.nu, row.mu), largest + _largest(_storage.decode(row.mu)) ** 2
+    scale = _scale(bound)
+    grad_rms = jnp.sqrt(scale) * jnp.sqrt(jnp.mean(second / scale))
+    numbers = {"grad_rms": grad_rms, "nu_min": smallest, "nu_max": largest}
     if row.nu.dtype == jnp.uint8:
-        elements |= {"at_floor": row.nu == 0, "at_ceiling": row.nu == 255}
+        numbers |= {"at_floor": jnp.mean(row.nu == 0), "at_ceiling": jnp.mean(row.nu == 255)}
     if eps is not None:
         eps = jnp.asarray(eps, nu.dtype)
         denominator = (nu if eps_in_sqrt else jnp.sqrt(nu)) + eps
-        elements["eps_share"] = jnp.where(denominator == 0, 0, eps / denominator)  # eps=0 has no share in 0
-    return _reduced(elements)
+        # An eps of 0 has no share in a denominator of 0.
+        numbers["eps_share"] = jnp.mean(eps / jnp.maximum(denominator, float(jnp.finfo(nu.dtype).tiny)))
+    return numbers
 
 
 @jax.jit
 def _of_update(x: Any) -> dict[str, jax.Array]:
-    size = _absolute(x)
-    return _reduced({"update_rms": size, "update_max": size})
+    x = jnp.asarray(x, _storage.compute_dtype(jnp.result_type(x)))
+    return {"update_rms": _rms(x), "update_max": _largest(x)}
 
 
 @jax.jit
 def _of_param(x: Any) -> dict[str, jax.Array]:
-    return _reduced({"param_rms": _absolute(x)})
+    return {"param_rms": _rms(jnp.asarray(x, _storage.compute_dtype(jnp.result_type(x))))}
 
 
-def _absolute(x: Any) -> jax.Array:
-    return jnp.abs(jnp.asarray(x, _storage.compute_dtype(jnp.result_type(x))))
+def _rms(x: jax.Array, shares: jax.Array | None = None) -> jax.Array:
+    """The root mean square, with the share that each element has."""
+    scale = _scale(_largest(x))
+    return scale * jnp.sqrt(jnp.average(_abs_sq(x / scale.astype(x.dtype)), weights=shares))
 
 
-def _reduced(elements: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _REDUCTIONS[name](x) for name, x in elements.items()}
+def _scale(largest: jax.Array) -> jax.Array:
+    """What to divide by, so that no sum or square overflows or vanishes. NaN and inf stay what they are."""
+    return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """The largest |x|."""
+    return jnp.max(jnp.abs(x)) if jnp.iscomplexobj(x) else jnp.maximum(jnp.max(x), -jnp.min(x))
 
 
 def _of_all(name: str, sizes: Sequence[int], numbers: Sequence[jax.Array]) -> jax.Array:
+    """The number of all leaves, from those of each."""
     dtype = np.result_type(*(x.dtype for x in numbers))
-    return _REDUCTIONS[name](jnp.stack([x.astype(dtype) for x in numbers]), np.array(sizes) / sum(sizes))
+    x, shares = jnp.stack([x.astype(dtype) for x in numbers]), jnp.asarray(np.array(sizes) / sum(sizes), dtype)
+    match name.rpartition("_")[2]:
+        case "rms":
+            return _rms(x, shares)
+        case "min":
+            return jnp.min(x)
+        case "max":
+            return jnp.max(x)
+        case _:  # a share of the elements
+            return jnp.sum(x * shares)
 
 
 def _finished(numbers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
