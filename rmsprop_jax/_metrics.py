@@ -13,8 +13,8 @@ import optax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
-from . import _pytree, _storage
-from ._rmsprop import _abs_sq, _number
+from . import _checks, _pytree, _storage
+from ._rmsprop import _abs_sq
 from .interop import _carry, _rows
 from .interop._text import listed, repeated
 
@@ -133,12 +133,10 @@ def metrics(
         update_rms      0.001
         update_to_param 0.0007
     """
-    for name, flag in {"eps_in_sqrt": eps_in_sqrt, "per_leaf": per_leaf}.items():
-        if not isinstance(flag, (bool, np.bool_)):
-            raise TypeError(f"{name}={flag!r} has type {type(flag).__name__}: allowed are True and False")
+    eps_in_sqrt, per_leaf = _checks.flag("eps_in_sqrt", eps_in_sqrt), _checks.flag("per_leaf", per_leaf)
     if eps is None and not eps_in_sqrt:
         raise ValueError("eps_in_sqrt=False says where eps is added: it needs eps, got eps=None")
-    eps = None if eps is None else _number("eps", eps)
+    eps = None if eps is None else _checks.number("eps", eps)
 
     contents = _carry.collect(state)
     _carry.check_has_rmsprop(contents, state, "this")
@@ -148,7 +146,7 @@ def metrics(
     values = None if params is None else _with_partner(params, rows if changes is None else changes)
     columns = _not_empty(rows), _not_empty(changes), _not_empty(values)
 
-    numbers, of_leaves = _numbers(*columns, eps, eps_in_sqrt=bool(eps_in_sqrt))
+    numbers, of_leaves = _numbers(*columns, eps, eps_in_sqrt=eps_in_sqrt)
     found = {"count": _count(contents), **_learning_rates(contents), **numbers}
     if not per_leaf:
         return found
