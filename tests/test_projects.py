@@ -11,7 +11,8 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.training.train_state import TrainState
-from helpers import assert_equal, mesh_of
+from frameworks import is_here
+from helpers import assert_close, assert_equal, mesh_of
 from jax.sharding import PartitionSpec as P
 
 from rmsprop_jax import dialects, rmsprop, round_params_stochastically
@@ -240,3 +241,69 @@ def test_replicas_stay_equal_where_rounding_is_random(devices):
         assert_equal(first, other)
     _, wide = impala(chain(hand_written, decay=0.99, eps=0.01), devices)
     assert gap(end.params, wide.params, jax.tree.map(lambda x: x[None], start)) < 0.3
+
+
+# --- sbx: Stable Baselines in JAX, which injects `learning_rate`, sets it before each epoch, and logs it ------------------
+
+
+def ppo(make, numbers, **options):
+    import sbx
+
+    policy = {"optimizer_class": make, "optimizer_kwargs": numbers}
+    return sbx.PPO("MlpPolicy", "CartPole-v1", policy_kwargs=policy, seed=0, device="cpu", **options)
+
+
+def agent_of(model):
+    """Parameters and optimizer states of the policy and of the value function."""
+    return [(state.params, state.opt_state) for state in (model.policy.actor_state, model.policy.vf_state)]
+
+
+if is_here("sbx-rl"):  # left out where it is not installed, instead of skipped: .ci/run says where it must be
+
+    @pytest.mark.filterwarnings("ignore")  # theirs
+    def test_live_sbx_trains_logs_its_rate_saves_and_goes_on(tmp_path):
+        import gymnasium
+        import sbx
+
+        returns = []
+
+        def log(found, _):
+            returns.append(np.mean([info["r"] for info in found["self"].ep_info_buffer or ()]))
+
+        numbers = {"alpha": 0.99, "eps": 1e-5}
+        schedule = lambda left: 1e-3 * (1 + left)  # noqa: E731
+        model = ppo(dialects.pytorch, numbers, learning_rate=schedule, n_steps=512, n_epochs=8)
+        model.learn(6144, callback=log)
+        assert returns[-1] > 2 * returns[600]
+        rate = schedule(0.0)
+        np.testing.assert_allclose(model.logger.name_to_value["train/learning_rate"], rate, rtol=1e-6)
+        for _, (_, injected) in agent_of(model):
+            assert set(injected.hyperparams) == {"learning_rate", "alpha", "eps"}
+            np.testing.assert_allclose(injected.hyperparams["learning_rate"], rate, rtol=1e-6)
+            assert injected.inner_state.count == 12 * 8 * 8  # rollouts, epochs, minibatches
+        model.save(tmp_path / "ppo")
+        again = sbx.PPO.load(tmp_path / "ppo", env=gymnasium.make("CartPole-v1"))
+        assert_equal(agent_of(again), agent_of(model))
+        again.learn(512, reset_num_timesteps=False)
+        assert again.policy.actor_state.opt_state[1].inner_state.count == 13 * 8 * 8
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_live_sbx_gets_the_numbers_of_optax():
+        def first_updates(make, numbers):
+            model = ppo(make, numbers, n_steps=128, n_epochs=2, learning_rate=1e-3)
+            return model.learn(128).policy.actor_state.params
+
+        ours = first_updates(dialects.pytorch, {"alpha": 0.99, "eps": 1e-5})
+        theirs = first_updates(optax.rmsprop, {"decay": 0.99, "eps": 1e-5, "eps_in_sqrt": False})
+        inside = first_updates(optax.rmsprop, {"decay": 0.99, "eps": 1e-5})
+        assert_close(ours, theirs, atol=1e-5)
+        with pytest.raises(AssertionError):
+            assert_close(inside, theirs, atol=1e-3)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_live_sbx_agents_that_do_not_inject():
+        import sbx
+
+        policy = {"optimizer_class": dialects.pytorch, "optimizer_kwargs": {"alpha": 0.99, "eps": 1e-5}}
+        model = sbx.DQN("MlpPolicy", "CartPole-v1", policy_kwargs=policy, seed=0, learning_starts=100).learn(300)
+        assert model.policy.qf_state.opt_state.count == 50
