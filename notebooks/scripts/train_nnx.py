@@ -83,8 +83,8 @@ def accuracy(model, images, labels):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--save-every", type=int, default=250, help="steps; here in the middle of an accumulation")
-    parser.add_argument("--log-every", type=int, default=20, help="steps")
+    parser.add_argument("--save-every", type=int, default=250, help="steps; also in the middle of an accumulation")
+    parser.add_argument("--log-every", type=int, default=20, help=f"steps, a multiple of {ACCUMULATE}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default="runs/nnx", help="folder of checkpoints and event files")
     args = parser.parse_args(arguments)
