@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PACKAGE = ROOT / "rmsprop_jax"
 PAGES = [ROOT / "README.md", ROOT / "notebooks" / "README.md", ROOT / "tests" / "benchmarks" / "README.md"]
+PAGES += [ROOT / "notebooks" / "from_another_framework.md"]
 PAGES += [ROOT / "CHANGELOG.md", ROOT / ".github" / "CONTRIBUTING.md"]
 BLOCKS = [
     pytest.param(block, id=f"{path.parent.name}/{path.name}-{i}")
@@ -126,6 +127,7 @@ FLOORS = [
     ["interop/_bitsandbytes", "interop/_tensorflow2"],
     ["interop/_table"],
     ["dialects", "interop/__init__"],
+    ["_metrics"],
     ["__main__"],
     ["__init__"],
 ]
