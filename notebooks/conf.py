@@ -1,12 +1,20 @@
 """The documentation site: `sphinx-build -W notebooks OUT`."""
 
 import pathlib
+import re
 import sys
 import tomllib
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 
 
 HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]  # `generated`, and the package of this checkout
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # the files beside this one, and the package of this checkout
+
+import dialect_pages  # noqa: E402
+import equations  # noqa: E402
 
 import rmsprop_jax  # noqa: E402
 
@@ -16,9 +24,8 @@ PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
 project, author = PROJECT["name"], PROJECT["authors"][0]["name"]
 copyright = f"2026, {author}"
 release = version = rmsprop_jax.__version__
-placeholders = {"{{ release }}": release, "{{ source }}": PROJECT["urls"]["Source"]}  # for `generated`
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "generated"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 exclude_patterns = ["scripts", "templates"]
 templates_path = ["templates"]
 default_role = "code"
@@ -38,3 +45,39 @@ html_title = project
 # What is ours must be found. The pages of others are not looked up, because a build needs no network.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!rmsprop_jax\.).*")]
+
+
+# --- What Sphinx calls ------------------------------------------------------------------------------------
+
+
+def visit_inline(self: Any, node: nodes.Element) -> None:
+    """MathML in a line."""
+    self.body.append(tex2mathml(node.astext(), as_block=False))
+    raise nodes.SkipNode
+
+
+def visit_block(self: Any, node: nodes.Element) -> None:
+    """MathML of its own. What is wider than the page scrolls."""
+    mathml = tex2mathml(node.astext(), as_block=True).replace("<mtd>", '<mtd style="text-align: left">')
+    self.body.append(f'<div style="overflow-x: auto">{mathml}</div>')
+    raise nodes.SkipNode
+
+
+def on_source(app: Any, name: str, source: list[str]) -> None:
+    """Fills in what stands in pyproject.toml."""
+    for placeholder, text in (("{{ release }}", release), ("{{ source }}", PROJECT["urls"]["Source"])):
+        source[0] = source[0].replace(placeholder, text)
+
+
+def on_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Edits a docstring before Sphinx reads it. To reStructuredText, |g| would be a substitution."""
+    lines[:] = [line if "&" in line else re.sub(r"\|(\w+)\|", r"\\|\1\\|", line) for line in equations.displayed(lines)]
+    if obj in rmsprop_jax.dialects.DIALECTS:
+        lines += dialect_pages.page(obj)
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", inline_renderers=(visit_inline, None), block_renderers=(visit_block, None))
+    app.connect("source-read", on_source)
+    app.connect("autodoc-process-docstring", on_docstring, priority=400)  # before napoleon

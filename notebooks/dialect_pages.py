@@ -1,7 +1,6 @@
-"""Sphinx extension: the parts of the site that come from the code, so that they cannot be out of date.
+"""What the site says of a dialect beside its docstring. It comes from the code, so it cannot be out of date.
 
-Each dialect's page gets the call of `rmsprop` that it stands for, a table of its arguments, and the checkpoints that can be read. Equations
-in docstrings become MathML, which browsers show without a script.
+The call of `rmsprop` that the dialect stands for, a table of its arguments, and the checkpoints that can be read.
 """
 
 import functools
@@ -13,8 +12,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from docutils import nodes
-from docutils.utils.math.latex2mathml import tex2mathml
 
 from rmsprop_jax import dialects, interop, rmsprop
 
@@ -111,7 +108,7 @@ def at(function: Callable[..., Any], count: int) -> Any:
         return math.nan
 
 
-# --- What is added to a dialect's page --------------------------------------------------------------------
+# --- The page --------------------------------------------------------------------
 
 
 def call(dialect: Callable[..., Any]) -> str:
@@ -124,7 +121,7 @@ def call(dialect: Callable[..., Any]) -> str:
     return f"rmsprop({', '.join([rate] + [f'{k}={v!r}' for k, v in options.items() if v != defaults[k]])})"
 
 
-def dialect_page(dialect: Callable[..., Any]) -> Iterator[str]:
+def page(dialect: Callable[..., Any]) -> Iterator[str]:
     """What a dialect's page says beside its docstring, as reStructuredText."""
     yield from ["", ".. rubric:: With its defaults it is", "", ".. code-block:: python", "", f"    {call(dialect)}", ""]
     yield from [".. rubric:: Arguments", "", ".. list-table::", "   :header-rows: 1", "   :widths: auto", ""]
@@ -146,96 +143,3 @@ def cells(*row: str) -> Iterator[str]:
     """A row of a list-table."""
     for i, cell in enumerate(row):
         yield f"   {'* -' if i == 0 else '  -'} {cell}"
-
-
-# --- Equations --------------------------------------------------------------------------------------------
-
-
-def equations(lines: list[str]) -> list[str]:
-    """Turns the literal blocks of a docstring that are mathematics into equations."""
-    out: list[str] = []
-    block: list[str] = []
-    for line in [*lines, "."]:
-        if block and line.strip() and not line.startswith(" "):
-            out += displayed(block)
-            block = []
-        if block:
-            block.append(line)
-        elif is_equation(line) and out[-2:] and out[-2].endswith("::") and not out[-1].strip():
-            out[-2] = out[-2][:-1]
-            block = [line]
-        else:
-            out.append(line)
-    return out[:-1]
-
-
-def is_equation(line: str) -> bool:
-    """Whether a line of a literal block assigns something."""
-    return bool(re.match(r"\s+\S+ (←|=) ", line)) and not re.search(r"[\"\[{]|\([a-z_]+\.", line)
-
-
-def displayed(block: list[str]) -> list[str]:
-    """A literal block as one aligned equation."""
-    rows = [latex(line.strip()) for line in block if line.strip()]
-    return [
-        ".. math::",
-        "",
-        *(f"   {row}" for row in [r"\begin{aligned}", *(f"& {r} \\\\" for r in rows), r"\end{aligned}"]),
-        "",
-    ]
-
-
-LATEX = {"ᵗ": "^{t}", "²": "^{2}", "⁻⁸": "^{-8}", "·": r"{\cdot}", "←": r"{\leftarrow}", "max(": r"\max("}
-# Words are no products of variables, as mb is.
-WORDS = r"(?<![\\{\w])(?!mb\b)[a-z_]{2,}[0-9]*(?:,? [a-z][a-z_]+[0-9]*|,? [a-z]'s)*(?![\w{])"
-
-
-def latex(line: str) -> str:
-    """One line of Unicode mathematics as LaTeX: roots get their bar, hats their letter, words their spaces."""
-    line = re.sub(r"√\(", r"\\sqrt(", line)
-    while found := re.search(r"\\sqrt\(([^()]*)\)", line):
-        line = line[: found.start()] + rf"\sqrt{{{found[1]}}}" + line[found.end() :]
-    line = re.sub("√(\\w\u0302?)", r"\\sqrt{\1}", line)
-    line = re.sub("(\\w)\u0302", r"\\hat{\1}", line)
-    for unicode, command in LATEX.items():
-        line = line.replace(unicode, command)
-    line = re.sub(WORDS, lambda found: rf"\;\text{{{found[0]}}}\;", line)
-    return re.sub(r" {2,}", r" \\qquad ", line)
-
-
-# --- Sphinx -----------------------------------------------------------------------------------------------
-
-
-def visit_inline(self: Any, node: nodes.Element) -> None:
-    """MathML in a line."""
-    self.body.append(tex2mathml(node.astext(), as_block=False))
-    raise nodes.SkipNode
-
-
-def visit_block(self: Any, node: nodes.Element) -> None:
-    """MathML of its own. What is wider than the page scrolls."""
-    mathml = tex2mathml(node.astext(), as_block=True).replace("<mtd>", '<mtd style="text-align: left">')
-    self.body.append(f'<div style="overflow-x: auto">{mathml}</div>')
-    raise nodes.SkipNode
-
-
-def on_source(app: Any, name: str, source: list[str]) -> None:
-    """Fills in what stands in pyproject.toml."""
-    for placeholder, text in app.config.placeholders.items():
-        source[0] = source[0].replace(placeholder, text)
-
-
-def on_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Edits a docstring before Sphinx reads it. To reStructuredText, |g| would be a substitution."""
-    lines[:] = [line if "&" in line else re.sub(r"\|(\w+)\|", r"\\|\1\\|", line) for line in equations(lines)]
-    if obj in dialects.DIALECTS:
-        lines += dialect_page(obj)
-
-
-def setup(app: Any) -> dict[str, bool]:
-    """Called by Sphinx."""
-    app.add_config_value("placeholders", {}, "env")
-    app.add_html_math_renderer("mathml", inline_renderers=(visit_inline, None), block_renderers=(visit_block, None))
-    app.connect("source-read", on_source)
-    app.connect("autodoc-process-docstring", on_docstring, priority=400)  # before napoleon
-    return {"parallel_read_safe": False}
