@@ -26,12 +26,12 @@ copyright = f"2026, {author}"
 release = version = rmsprop_jax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
-exclude_patterns = ["scripts", "templates"]
+exclude_patterns = ["scripts", "static", "templates"]
 templates_path = ["templates"]
 default_role = "code"
 
 nb_execution_mode = "off"  # .ci/run executes the notebooks, which are kept with their outputs
-myst_enable_extensions = ["dollarmath", "html_image"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 html_math_renderer = "mathml"
 
@@ -41,6 +41,8 @@ python_maximum_signature_line_length = 80
 
 html_theme = "furo"
 html_title = project
+html_static_path, html_css_files, html_favicon = ["static"], ["site.css"], "static/favicon.svg"
+pygments_style, pygments_dark_style = "default", "github-dark"
 
 # What is ours must be found. The pages of others are not looked up, because a build needs no network.
 nitpicky = True
