@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import dialects, rmsprop
+from . import dialects, metrics, rmsprop
 
 
 def end_quietly(signum: int, frame: Any) -> None:
@@ -49,7 +49,7 @@ except ImportError as error:
 
 
 LEARNING_RATE = 3e-3
-FORMATS = {"loss": ".4f", "accuracy": "4.0%"}  # of the numbers that a step returns
+FORMATS = {"loss": ".4f", "accuracy": "4.0%", "grad_rms": ".1e"}  # of the numbers that a step returns
 PICTURES = ("eps", "jpeg", "jpg", "pdf", "png", "ps", "svg", "svgz", "tif", "tiff", "webp")
 
 
@@ -83,7 +83,7 @@ class Training:
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state, {"loss": loss, "accuracy": accuracy}
 
-        self.update = update
+        self.update, self.watch = update, jax.jit(metrics if has_rmsprop(self.state) else lambda state: {})
 
     def step(self, index: jax.Array) -> dict[str, float]:
         """Trains on one batch. Returns the numbers to watch."""
@@ -91,7 +91,17 @@ class Training:
         self.params, self.state, numbers = jax.block_until_ready(self.update(self.params, self.state, index))
         self.seconds.append(time.perf_counter() - start)
         self.losses.append(float(numbers["loss"]))
-        return {name: float(number) for name, number in numbers.items()}
+        numbers |= self.watch(self.state)  # not in the time of the step
+        return {name: float(numbers[name]) for name in FORMATS if name in numbers}
+
+
+def has_rmsprop(state: Any) -> bool:
+    """Whether `metrics` can say something of this state: SGD and Adam keep no ν of RMSProp."""
+    try:
+        jax.eval_shape(metrics, state)
+    except ValueError:
+        return False
+    return True
 
 
 def loss_and_accuracy(graph: Any, params: Any, data: Digits) -> tuple[jax.Array, jax.Array]:

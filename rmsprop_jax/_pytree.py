@@ -71,7 +71,7 @@ def lift(
     def init(params: optax.Params) -> Any:
         def build(slot: Slot) -> optax.Params:
             def leaf(path: Any, param: Any) -> jax.Array | None:
-                dtype = _checked_dtype("parameter", path, param)
+                dtype = checked_dtype("parameter", path, param)
                 if not jnp.issubdtype(dtype, jnp.inexact):
                     return None
                 dtype = _storage.compute_dtype(dtype)
@@ -183,7 +183,7 @@ def _check_state(rule: Rule, state: Any, state_type: type[Any], updates: optax.U
 
 
 def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[str, Any]) -> None:
-    dtype = _checked_dtype("gradient", path, grad)
+    dtype = checked_dtype("gradient", path, grad)
     if any(x is None for x in encoded.values()):
         raise TypeError(
             f"gradient{keystr(path)} has dtype {dtype}, but its parameter has no state, as integers and "
@@ -216,7 +216,7 @@ def _check_kind(path: Any, grad: Any, other: Any) -> None:
         raise TypeError(f"gradient{keystr(path)} is {kinds}: both must be real or both complex")
 
 
-def _checked_dtype(kind: str, path: Any, leaf: Any) -> Any:
+def checked_dtype(kind: str, path: Any, leaf: Any) -> Any:
     """The dtype of a leaf, which must be a number or an array of numbers."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None and isinstance(leaf, (bool, int, float, complex)):
@@ -260,7 +260,7 @@ def params_with_gradients(updates: optax.Updates, params: optax.Params, mask: An
         elif given[i] is None:
             raise ValueError(f"params{keystr(path)} is None, and there is a gradient for it")
         elif selected[i] is not None:
-            _checked_dtype("parameter", path, selected[i])
+            checked_dtype("parameter", path, selected[i])
     return treedef.unflatten(selected)
 
 
@@ -290,7 +290,7 @@ def without_float0(updates: optax.Updates) -> optax.Updates:
     def leaf(path: Any, grad: Any) -> Any:
         if getattr(grad, "dtype", None) == jax.dtypes.float0:
             return None
-        _checked_dtype("gradient", path, grad)
+        checked_dtype("gradient", path, grad)
         return grad
 
     return jax.tree.map_with_path(leaf, updates)

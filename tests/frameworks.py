@@ -662,12 +662,13 @@ def version(distribution: str) -> str:
 
 
 def is_here(name):
-    """Whether a framework is installed, or must be: .ci/run names those whose absence is a failure."""
+    """Whether a framework or distribution is installed, or must be: .ci/run names those whose absence is a failure."""
     if name in os.environ.get("RMSPROP_JAX_LIVE", "").split():
         return True
     if name in ("dreamerv3", "tensorflowjs"):  # not on PyPI
         return name.upper() in os.environ
     try:
-        return all(importlib.metadata.version(d) for d in FRAMEWORKS[name].distributions)
+        distributions = FRAMEWORKS[name].distributions if name in FRAMEWORKS else (name,)
+        return all(importlib.metadata.version(distribution) for distribution in distributions)
     except importlib.metadata.PackageNotFoundError:
         return False

@@ -1,19 +1,22 @@
 """The number of compilations, and the compiled programs: instructions, copies, collectives, targets."""
 
+import concurrent.futures
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import meshes
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn, nnx
 from flax.training import train_state
-from helpers import ALIKE, CONFIGURATIONS, EVERYTHING, mesh_of, NARROW_DTYPES, normal, step_of
+from helpers import ALIKE, assert_equal, CONFIGURATIONS, EVERYTHING, mesh_of, NARROW_DTYPES, normal, step_of
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from rmsprop_jax import rmsprop, round_params_stochastically
+from rmsprop_jax import dialects, rmsprop, round_params_stochastically
 
 
 ROUND = round_params_stochastically()
@@ -93,6 +96,118 @@ def test_a_loop_over_seeds_compiles_once(make, compilations):
     with compilations() as compiled:
         run()
     assert compiled == []
+
+
+def annealed(count):
+    return 1e-3 / (1 + count.astype(jnp.float32))
+
+
+def kernels(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+MADE = {
+    "rmsprop": lambda: rmsprop(1e-3),
+    "a schedule, a mask, one byte": lambda: rmsprop(
+        annealed, weight_decay=0.1, weight_decay_mask=kernels, state_dtype=jnp.uint8
+    ),
+    "pytorch": lambda: dialects.pytorch(lr=1e-3, alpha=0.9, momentum=0.9),
+    "keras": lambda: dialects.keras(1e-3, clipnorm=1.0, weight_decay=0.1),
+}
+X = jnp.ones((2, 3))
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.relu(nn.Dense(4)(x)))
+
+
+# Each makes a loop body: from a seed and a transformation to trained parameters.
+
+
+def with_linen():
+    network = Linen()
+    init = jax.jit(network.init)
+
+    @jax.jit
+    def step(state):
+        grads = jax.grad(lambda params: (state.apply_fn(params, X) ** 2).sum())(state.params)
+        return state.apply_gradients(grads=grads)
+
+    def run(seed, tx):
+        state = train_state.TrainState.create(apply_fn=network.apply, params=init(jax.random.key(seed), X), tx=tx)
+        return step(step(state)).params
+
+    return run
+
+
+def with_nnx():
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda model: (model(X) ** 2).sum())(model)
+        optimizer.update(model, grads)
+
+    def run(seed, tx):
+        rngs = nnx.Rngs(seed)
+        model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 2, rngs=rngs))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        for _ in range(2):
+            step(model, optimizer)
+        return nnx.state(model)
+
+    return run
+
+
+def with_equinox():
+    @eqx.filter_jit
+    def step(model, state, tx):
+        grads = eqx.filter_grad(lambda model: (jax.vmap(model)(X) ** 2).sum())(model)
+        updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
+        return eqx.apply_updates(model, updates), state
+
+    def run(seed, tx):
+        model = eqx.nn.MLP(3, 2, 4, depth=1, key=jax.random.key(seed))
+        state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+        for _ in range(2):
+            model, state = step(model, state, tx)
+        return eqx.filter(model, eqx.is_inexact_array)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("users_climate")
+@pytest.mark.parametrize("framework", [with_linen, with_nnx, with_equinox])
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_a_sweep_in_a_framework_compiles_for_its_first_seed(framework, make, compilations):
+    run = framework()
+    first = run(0, make())
+    with compilations() as compiled:
+        second = run(1, make())
+    assert compiled == []
+    # Seeds share a program, and nothing else.
+    assert all(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
+    assert_equal(run(0, make()), first)
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_another_number_in_a_sweep_is_not_taken_for_the_last_one(compilations):
+    run = with_nnx()
+    ends = [run(0, rmsprop(rate)) for rate in (1e-1, 1e-2)]
+    with compilations() as compiled:
+        again = [run(0, rmsprop(rate)) for rate in (1e-1, 1e-2)]
+    assert compiled == []
+    assert_equal(again, ends)
+    assert all(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, ends), strict=True))
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_a_sweep_in_threads_ends_as_one_after_the_other():
+    run = with_linen()
+    one_by_one = [run(seed, rmsprop(1e-2)) for seed in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert_equal(list(pool.map(lambda seed: run(seed, rmsprop(1e-2)), range(4))), one_by_one)
 
 
 @pytest.mark.slow

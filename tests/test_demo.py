@@ -45,7 +45,7 @@ def test_the_dialects_side_by_side(capsys, monkeypatch):
     demo.main(["--dialects", "--epochs", "2"])
     out, progress = capsys.readouterr()
     assert "Training 11 networks for 44 steps each" in progress
-    assert re.search(r"44 of 44 steps.*\n.*optax.rmsprop +loss [\d.]+ accuracy +\d+%", progress)
+    assert re.search(r"44 of 44 steps.*\n.*optax.rmsprop +loss [\d.]+ accuracy +\d+% grad_rms \d\.\de-\d\d", progress)
     assert all(f"│ {dialect.__name__} " in out for dialect in demo.dialects.DIALECTS)
     distances = {names: float(d) for names, d in re.findall(r"│ ([\w, ]+?) +│ (?:none|0.9) +│ +([\d.]+)%", out)}
     # Every dialect is in one family; those that Optax's defaults are stay with it, PyTorch does not.
@@ -66,6 +66,19 @@ def test_same_data_and_seed_same_run():
     alone = demo.train({"alone": rmsprop(1e-3)}, epochs=1, seed=3)["alone"]
     np.testing.assert_array_equal(alone.losses, runs["ours"].losses[:22])
     assert demo.train({"other": rmsprop(1e-3)}, epochs=1, seed=4)["other"].losses[0] != alone.losses[0]
+
+
+def test_metrics_are_shown_where_there_is_rmsprop():
+    seen = {}
+    optimizers = {
+        "ours": optax.chain(optax.clip(1.0), rmsprop(1e-3)),
+        "theirs": optax.rmsprop(1e-3),
+        "Adam": optax.adam(1e-3),
+    }
+    demo.train(optimizers, epochs=1, report=lambda name, numbers: seen.update({name: numbers}))
+    assert seen["Adam"].keys() == {"loss", "accuracy"}
+    assert seen["ours"].keys() == seen["theirs"].keys() == set(demo.FORMATS)
+    np.testing.assert_allclose(seen["ours"]["grad_rms"], seen["theirs"]["grad_rms"], rtol=0.1)
 
 
 def test_optimizers_take_turns():

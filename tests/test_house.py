@@ -169,6 +169,7 @@ FLOORS = [
     ["interop/_bitsandbytes", "interop/_tensorflow2"],
     ["interop/_table"],
     ["dialects", "interop/__init__"],
+    ["_metrics"],
     ["__main__"],
     ["__init__"],
 ]

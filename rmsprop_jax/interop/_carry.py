@@ -52,19 +52,35 @@ class Contents(NamedTuple):
         found = [(place, path, row) for place, node in self.states.items() for path, row in _rows.rows(node).items()]
         for twice in repeated(path for _, path, _ in found):
             places = [keystr(place) or "top" for place, path, _ in found if path == twice]
-            raise ValueError(f"{len(places)} accumulators for nu{keystr(twice)}: {listed(places)}")
+            raise ValueError(
+                f"{len(places)} accumulators for nu{keystr(twice)}: {listed(places)}. Pass the state of one of them"
+            )
         return {path: row for _, path, row in found}
 
-    def counted(self) -> Any:
-        """Updates made so far: RMSProp's count or, if it has none, that of the nearest wrapper that counts, or 0."""
+    def counts(self) -> dict[Path, Any]:
+        """Updates made so far: RMSProp's counts or, if it has none, those of the nearest wrappers that count."""
         # Flax NNX wraps every array: what is in there is the only leaf.
-        own = [x for node in self.states.values() for x in jax.tree.leaves(_rows.fields(node).count)[:1]]
-        if own:
-            return _agreed(own, "the groups have different counts")
-        depths = {path: max(_shared(path, at) for at in self.states) for path, key in self.keys.items() if key.counts}
-        nearest = [path for path, depth in depths.items() if depth == max(depths.values())]
-        what = f"RMSProp has no count of its own, and {listed(map(keystr, nearest))} differ"
-        return _agreed([self.leaves[path] for path in nearest], what) if nearest else jnp.zeros((), jnp.int32)
+        own = {path: jax.tree.leaves(_rows.fields(node).count)[:1] for path, node in self.states.items()}
+        if any(own.values()):
+            return {path: count[0] for path, count in own.items() if count}
+        depths = {
+            path: max(shared_keys(path, at) for at in self.states) for path, key in self.keys.items() if key.counts
+        }
+        return {path: self.leaves[path] for path, depth in depths.items() if depth == max(depths.values())}
+
+    def counted(self) -> Any:
+        """The one count that all agree on, or 0 if nothing counts."""
+        counts = self.counts()
+        if not counts:
+            return jnp.zeros((), jnp.int32)
+        if self.states.keys() & counts.keys():
+            return _agreed([*counts.values()], "the groups have different counts")
+        return _agreed([*counts.values()], f"RMSProp has no count of its own, and {listed(map(keystr, counts))} differ")
+
+    def masked(self) -> set[Path]:
+        """Parameters, or subtrees of them, that a state of RMSProp leaves to others."""
+        columns = [_rows.by_path(_rows.fields(node).nu) for node in self.states.values()]
+        return {path for column in columns for path, x in column.items() if _rows.is_masked(x)}
 
     def by_key(self) -> dict[Key, list[Path]]:
         """The arrays of wrappers; several where wrappers of one kind lie on the same side."""
@@ -85,9 +101,16 @@ def collect(state: Any, whole: bool = True) -> Contents:
 def _owner(tree: Any, path: Path) -> tuple[Any, str, Path]:
     """The type of the innermost NamedTuple on the way to a leaf, its field, and the path from there."""
     kind, field, below = None, "", path
-    for i, key in enumerate(path):
-        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-            kind, field, below = type(tree), key.name, path[i + 1 :]
+    for i, (key, container) in enumerate(zip(path, _containers(tree, path), strict=False)):
+        if isinstance(container, tuple) and hasattr(container, "_fields"):
+            kind, field, below = type(container), key.name, path[i + 1 :]
+    return kind, field, below
+
+
+def _containers(tree: Any, path: Path) -> Iterator[Any]:
+    """The nodes on the way to a leaf, and not the leaf: Flax NNX warns of who reads a variable's `value`."""
+    for key in path:
+        yield tree
         match key:
             case SequenceKey():
                 tree = tree[key.idx]
@@ -96,13 +119,12 @@ def _owner(tree: Any, path: Path) -> tuple[Any, str, Path]:
             case GetAttrKey():
                 tree = getattr(tree, key.name)
             case _:  # a container of somebody else, in which no wrapper's state can be
-                break
-    return kind, field, below
+                return
 
 
 def _side(path: Path, states: Iterable[Path]) -> frozenset[str]:
     """Where an array lies, seen from the nearest states of RMSProp."""
-    shared = {state: _shared(path, state) for state in states}
+    shared = {state: shared_keys(path, state) for state in states}
     nearest = max(shared.values(), default=0)
     return frozenset(_direction(path[n], state[n]) for state, n in shared.items() if n == nearest)
 
@@ -114,7 +136,8 @@ def _direction(mine: Any, theirs: Any) -> str:
     return "around" if isinstance(mine, GetAttrKey) else "beside"
 
 
-def _shared(path: Path, other: Path) -> int:
+def shared_keys(path: Path, other: Path) -> int:
+    """How many keys two paths have in common before they part."""
     return next((i for i, (x, y) in enumerate(zip(path, other, strict=False)) if x != y), min(len(path), len(other)))
 
 
@@ -147,7 +170,7 @@ def bare(state: Any, reason: str) -> RMSPropState:
     `reason`: why it cannot hold what wrappers hold.
     """
     contents = collect(state)
-    _check_has_rmsprop(contents, state, "this")
+    check_has_rmsprop(contents, state, "this")
     if lost := [*_lost(contents, contents.by_key(), reason)]:
         raise ValueError(listed(lost, "; "))
     rows, states = contents.rows(), [_rows.fields(node) for node in contents.states.values()]
@@ -199,8 +222,8 @@ _NO_PLACE = "like has no place for it on the same side of RMSProp's state"
 def _both(state: Any, like: Any) -> tuple[Contents, Contents]:
     """Both sides, taken apart. The other side decides whether a tuple is optax.rmsprop's state or a chain's."""
     old, new = collect(state, whole=not _has_chain(like)), collect(like, whole=not _has_chain(state))
-    _check_has_rmsprop(old, state, "this")
-    _check_has_rmsprop(new, like, "like, which is a")
+    check_has_rmsprop(old, state, "this")
+    check_has_rmsprop(new, like, "like, which is a")
     return old, new
 
 
@@ -265,7 +288,7 @@ def _is_shape(x: Any) -> bool:
 # --- What does not fit ------------------------------------------------------------------------------------
 
 
-def _check_has_rmsprop(contents: Contents, state: Any, name: str) -> None:
+def check_has_rmsprop(contents: Contents, state: Any, name: str) -> None:
     if not contents.states:
         kinds = sorted({getattr(key.kind, "__name__", "other arrays") for key in contents.keys.values()})
         raise ValueError(
@@ -276,7 +299,7 @@ def _check_has_rmsprop(contents: Contents, state: Any, name: str) -> None:
 
 def _misfits_of_rows(old: Contents, new: Contents, rows: Mapping[Path, Row], strict: bool) -> Iterator[str]:
     """Why the accumulators cannot go into the states of RMSProp in `new`."""
-    count, absent, left_out, places = old.counted(), _masked(old), _masked(new), set()
+    count, absent, left_out, places = old.counted(), old.masked(), new.masked(), set()
     for at, node in new.states.items():
         state = _rows.fields(node)
         columns = {slot: _rows.by_path(getattr(state, slot)) for slot in Row._fields}
@@ -357,11 +380,6 @@ def _is_half_filled(contents: Contents) -> bool:
 def _is_average(key: Key, x: Any) -> bool:
     inexact = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
     return inexact and (bool(key.below) or np.ndim(x) > 0)
-
-
-def _masked(contents: Contents) -> set[Path]:
-    columns = [_rows.by_path(_rows.fields(node).nu) for node in contents.states.values()]
-    return {path for column in columns for path, x in column.items() if _rows.is_masked(x)}
 
 
 def _below(path: Path, prefixes: Iterable[Path]) -> bool:
