@@ -1,7 +1,6 @@
 """The documentation site: `sphinx-build -W notebooks OUT`."""
 
 import pathlib
-import re
 import sys
 import tomllib
 from typing import Any
@@ -72,8 +71,8 @@ def on_source(app: Any, name: str, source: list[str]) -> None:
 
 
 def on_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Edits a docstring before Sphinx reads it. To reStructuredText, |g| would be a substitution."""
-    lines[:] = [line if "&" in line else re.sub(r"\|(\w+)\|", r"\\|\1\\|", line) for line in equations.displayed(lines)]
+    """Edits a docstring before Sphinx reads it."""
+    lines[:] = equations.escaped(equations.displayed(lines))
     if obj in rmsprop_jax.dialects.DIALECTS:
         lines += dialect_pages.page(obj)
 

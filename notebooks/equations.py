@@ -21,6 +21,20 @@ def displayed(lines: list[str]) -> list[str]:
     return out[:-1]
 
 
+def escaped(lines: list[str]) -> list[str]:
+    """Escapes |g|, which would be a substitution, outside literal blocks and equations."""
+    out: list[str] = []
+    literal = None  # the indentation of the paragraph that announced a block
+    for line in lines:
+        indentation = len(line) - len(line.lstrip())
+        if literal is not None and line.strip() and indentation <= literal:
+            literal = None
+        out.append(line if literal is not None else re.sub(r"\|(\w+)\|", r"\|\1\|", line))
+        if line.rstrip().endswith("::"):
+            literal = indentation
+    return out
+
+
 def is_equation(line: str) -> bool:
     """Whether a line of a literal block assigns something, and is no code."""
     return bool(re.match(r"\s+(\S+ ←|\w' =) ", line))

@@ -62,6 +62,8 @@ def test_equations_become_latex(notebooks):
     ]
     code = ["Read them::", "", "    names = reader.names()", "", "And so on."]
     assert equations.displayed(code) == code
+    table = ["The root of |g| is::", "", "    rms    √ mean |g|", "", "    and |g|", "of |g|."]
+    assert equations.escaped(table) == [r"The root of \|g\| is::", *table[1:5], r"of \|g\|."]
 
 
 def test_a_dead_link_is_found(tmp_path):
