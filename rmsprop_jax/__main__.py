@@ -246,7 +246,9 @@ def table_of(rows: Sequence[Mapping[str, str]], columns: Iterable[str], title: s
     table = Table(title=title)
     for i, column in enumerate(columns):
         numbers = all(row[column][:1].isdigit() for row in rows)
-        table.add_column(column, no_wrap=i == 0, justify="right" if numbers else "left")
+        # Rich takes the longest word for the smallest width, also of a column that it must not wrap.
+        longest = max(len(text) for text in (column, *(row[column] for row in rows))) if i == 0 else None
+        table.add_column(column, no_wrap=i == 0, min_width=longest, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*(row[column] for column in columns))
     return table

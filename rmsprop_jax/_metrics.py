@@ -64,7 +64,7 @@ def metrics(
         state: the optimizer's state, in any wrapper, or a whole Flax `TrainState` or `nnx.Optimizer`. The states of
             :func:`optax.rmsprop`, :func:`optax.scale_by_rms` and :func:`optax.scale_by_stddev` are taken as well.
         updates: the updates that the optimizer returned, a tree like the parameters.
-        params: the parameters. With `updates`, those that have an update count.
+        params: the parameters, before or after the step. With `updates`, those that have an update count.
         eps: ε as the optimizer has it. The state does not keep it.
         eps_in_sqrt: as the optimizer has it.
         per_leaf: give the numbers of each leaf as well, such as `layer/kernel/grad_rms`. Flax's `value` at the end of

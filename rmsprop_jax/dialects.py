@@ -464,7 +464,7 @@ def timm(
     )
 
 
-@_dialect("stable_baselines3.common.sb2_compat.rmsprop_tf_like.RMSpropTFLike", rate=1e-2)
+@_dialect("RMSpropTFLike of stable_baselines3", rate=1e-2)
 def stable_baselines3(
     lr: optax.ScalarOrSchedule | None = None,
     alpha: ArrayLike = 0.99,

@@ -15,6 +15,7 @@ import report
 import signed_code
 import speed
 import training
+import watching
 
 
 pytestmark = pytest.mark.slow
@@ -39,6 +40,7 @@ TABLES = {
     "training": lambda c: [training.evidence_table(c["evidence"])],
     "reinforcement": lambda c: [c["table"]],
     "signed_code": lambda c: [signed_code.table(c["signed code"])],
+    "watching": lambda c: [watching.table(c["watching"])],
 }
 
 
