@@ -157,7 +157,7 @@ def test_init_on_abstract_parameters(options):
 
 
 # --- Wrappers: the same results around ours as around Optax's, or around exact SGD ------------------------
-# (Those of README's table are in test_ecosystem.py.)
+# (Those of the table in notebooks/loop.md are in test_ecosystem.py.)
 
 
 def run(tx):

@@ -1,4 +1,4 @@
-"""Inside other people's training loops: the table of frameworks and wrappers in notebooks/README.md, line by line."""
+"""Inside other people's training loops: the table of frameworks and wrappers in notebooks/loop.md, line by line."""
 
 import pathlib
 import re
@@ -20,15 +20,15 @@ from rmsprop_jax._digits import load
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("users_climate")]
 
-README = (pathlib.Path(__file__).parents[1] / "notebooks" / "README.md").read_text()
-LINES = dict(re.findall(r"^\| ([^|]+?) \| `([^|]+)` \| [^|]*\d+\.\d+[^|]* \|$", README, re.MULTILINE))
+PAGE = (pathlib.Path(__file__).parents[1] / "notebooks" / "loop.md").read_text()
+LINES = dict(re.findall(r"^\| ([^|]+?) \| `([^|]+)` \| [^|]*\d+\.\d+[^|]* \|$", PAGE, re.MULTILINE))
 NAMES = {"jax": jax, "jnp": jnp, "optax": optax, "nnx": nnx, "eqx": eqx, "TrainState": TrainState}
 OURS = {"dialects": dialects, "interop": interop, "rmsprop": rmsprop, "scale_by_rms": scale_by_rms}
 OPTAX = {"rmsprop": optax.rmsprop, "scale_by_rms": optax.scale_by_rms}
 
 
 def run(name, optimizers=OURS, **names):
-    """Executes README's line for `name`, and returns the value that it assigns."""
+    """Executes the page's line for `name`, and returns the value that it assigns."""
     namespace = NAMES | optimizers | names
     exec(LINES[name], namespace)
     return namespace[LINES[name].partition(" = ")[0].split(",")[0].strip("(")]
@@ -426,8 +426,8 @@ def test_trains_in_a_framework(framework):
 
 @pytest.mark.parametrize("options", [{}, {"centered": True, "momentum": 0.9, "bias_correction": True}])
 def test_rows_that_were_not_touched_keep_average_and_value(options):
-    """README's recipe against one small table per row, which sees an update only when its row is touched."""
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "return_inverse" in block]
+    """The page's recipe against one small table per row, which sees an update only when its row is touched."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "return_inverse" in block]
     block = block.replace("rmsprop(1e-2)", "rmsprop(1e-2, **options)")
     namespace = {"options": options}
     exec(block, namespace)
