@@ -183,9 +183,10 @@ def _numbers(
     expected = ["grad_rms", "nu_min", "nu_max", *(["eps_share"] if eps is not None else [])]
     expected += ["update_rms", "update_max"] if updates is not None else []
     expected += ["param_rms"] if params is not None else []
-    of_all = dict.fromkeys(expected, jnp.float32(jnp.nan)) | {
-        name: _of_all(name, *zip(*leaves, strict=True)) for name, leaves in found.items()
-    }
+    of_all: dict[str, jax.Array] = dict.fromkeys(expected, jnp.asarray(jnp.nan, jnp.float32))
+    for name, leaves in found.items():
+        sizes, numbers = zip(*leaves, strict=True)
+        of_all[name] = _of_all(name, sizes, numbers)
     return _finished(of_all), {names: _finished(numbers) for names, numbers in of_leaves.items()}
 
 
