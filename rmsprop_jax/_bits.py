@@ -54,12 +54,12 @@ def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
 
 def _place(shape: tuple[int, ...]) -> Any:
     """The place of each element in an array of this shape, counted in the last axis first."""
-    # Not a reshaped iota: XLA would divide by the sizes of the axes.
-    place, stride = np.uint32(0), 1
-    for axis in reversed(range(len(shape))):
+    # Not a reshaped iota: XLA would divide by the sizes of the axes. The two xor change nothing. Without them the
+    # product is constant along an axis, and XLA computes it in a kernel of its own on a TPU, for each axis.
+    place = np.uint32(0)
+    for axis, size in enumerate(shape):
         index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        place = index if axis == len(shape) - 1 else place + index * np.uint32(stride % 2**32)
-        stride *= shape[axis]
+        place = index if axis == 0 else ((place ^ index) ^ index) * np.uint32(size) + index
     return place
 
 
