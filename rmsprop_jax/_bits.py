@@ -43,12 +43,11 @@ def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
     gives other bits.
     """
     a, b = seed
-    first, *others = (bits(part) for array in arrays for part in _parts(array))
-    x = first ^ _place(first.shape)
+    x, *others = (bits(part) for array in arrays for part in _parts(array))
     for other in others:
-        # The bits of bfloat16 are in the upper half of a word; a multiplication carries nothing downwards.
-        x = (x ^ (x >> 16)) * np.uint32(0x9E3779B1) + other
-        x = x ^ (x >> 15)
+        # The bits of bfloat16 are in the upper half of a word. Those of two such arrays then fill it.
+        x = x ^ (x >> 16) ^ other
+    x = x ^ _place(x.shape)
     return x * a + b
 
 
