@@ -141,7 +141,7 @@ def to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
     # conversion comes last: XLA's CPU backend would widen a select of bfloat16, and recompute it from
     # the old state wherever it is read, which has to be copied for that.
     x = _as_float32(x)
-    rounded = _float32((bits(x) + (noise >> 16)) & np.uint32(0xFFFF0000))
+    rounded = upper_half(bits(x) + (noise >> 16))
     return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)
 
 
@@ -150,13 +150,11 @@ def to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
 
 def split(x: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rounds a float32 stochastically to 24 bits: the nearest bfloat16, and the rest as an int8."""
-    kept = (bits(x) + (noise >> 24)) & np.uint32(0xFFFFFF00)
+    # A carry out of these 24 bits is right, and none comes out of inf. NaN has one.
+    kept = bits(x) + (noise >> 24)
     # Half up. To nearest even, two pairs would stand for one number.
-    upper = (kept + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
-    nearest = _float32(upper)
-    rest = ((kept.astype(jnp.int32) - upper.astype(jnp.int32)) >> 8).astype(jnp.int8)
-    finite = jnp.isfinite(x) & jnp.isfinite(nearest)
-    return jnp.where(jnp.isfinite(x), nearest, x).astype(jnp.bfloat16), jnp.where(finite, rest, jnp.int8(0))
+    upper = upper_half(kept + np.uint32(0x8000))
+    return jnp.where(jnp.isnan(x), x, upper), (kept >> 8).astype(jnp.int8)
 
 
 def join(upper: jax.Array, rest: jax.Array) -> jax.Array:
@@ -180,6 +178,11 @@ def _as_float32(x: jax.Array) -> jax.Array:
         limit = float(np.finfo(np.float32).max) / 2
         x = jnp.clip(x, -limit, limit)
     return x.astype(jnp.float32)
+
+
+def upper_half(bits: jax.Array) -> jax.Array:
+    """The float32 whose bits are these without the lower half: one that bfloat16 can hold."""
+    return _float32(bits & np.uint32(0xFFFF0000))
 
 
 def _float32(bits: jax.Array) -> jax.Array:
