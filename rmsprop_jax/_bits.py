@@ -141,7 +141,7 @@ def to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
     # conversion comes last: XLA's CPU backend would widen a select of bfloat16, and recompute it from
     # the old state wherever it is read, which has to be copied for that.
     x = _as_float32(x)
-    rounded = upper_half(bits(x) + (noise >> 16))
+    rounded = _float32((bits(x) + (noise >> 16)) & np.uint32(0xFFFF0000))
     return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)
 
 
@@ -153,7 +153,7 @@ def split(x: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
     # A carry out of these 24 bits is right, and none comes out of inf. NaN has one.
     kept = bits(x) + (noise >> 24)
     # Half up. To nearest even, two pairs would stand for one number.
-    upper = upper_half(kept + np.uint32(0x8000))
+    upper = _float32((kept + np.uint32(0x8000)) & np.uint32(0xFFFF0000))
     return jnp.where(jnp.isnan(x), x, upper), (kept >> 8).astype(jnp.int8)
 
 
@@ -180,9 +180,9 @@ def _as_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def upper_half(bits: jax.Array) -> jax.Array:
-    """The float32 whose bits are these without the lower half: one that bfloat16 can hold."""
-    return _float32(bits & np.uint32(0xFFFF0000))
+def upper_half(word: jax.Array) -> jax.Array:
+    """The bfloat16 in the upper half of a word."""
+    return jax.lax.bitcast_convert_type((word >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _float32(bits: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ def test_an_update_moves_each_array_once(name):
 def test_a_mesh_sends_nothing_and_the_state_lies_as_the_parameters(layout, name):
     row = on_mesh("v5e:4x4", layout, name)
     assert row["sent by init"] == row["sent by update"] == 0
-    assert row["shardings kept by jit(init)"] == row["by the update"] == "8 of 8"
+    assert row["kept by jit(init)"] == row["kept by update"] == row["arrays"] == 8
 
 
 def test_what_fails_these_tests_is_seen():

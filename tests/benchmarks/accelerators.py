@@ -287,6 +287,9 @@ def updates(chip: str, layout: str, names: list[str]) -> Iterator[dict[str, Any]
     sharding, shapes = one_device(chip), SHAPES[layout]()
     size = sum(math.prod(shape) for shape in shapes)
     seconds: dict[str, float] = {}
+    compiled(
+        lambda x, y: (x, y), *with_sharding([jax.ShapeDtypeStruct((), "float32")] * 2, sharding)
+    )  # loads the compiler
     for name in names:
         tx, dtype, beside = updates_of_all()[name]
         params = with_sharding([jax.ShapeDtypeStruct(shape, dtype) for shape in shapes], sharding)
@@ -333,7 +336,7 @@ MODELS = {
     "100 M": lambda: language(10_000, 128, 768, 12, 12, batch=1),
     "1 B": lambda: language(32_000, 128, 2048, 16, 18, batch=1),
 }
-TRAINED = ("optax.adam", "optax.rmsprop, plain", "ours, uint8 state, plain", "ours, four bytes", "ours, three bytes")
+TRAINED = ("ours, three bytes", "ours, four bytes", "optax.rmsprop, plain", "ours, uint8 state, plain", "optax.adam")
 
 
 def peak(chip: str, name: str, trained: str) -> dict[str, Any]:
@@ -396,13 +399,25 @@ def on_mesh(topology: str, layout: str, name: str) -> dict[str, Any]:
         "update": name,
         "sent by init": sum(collectives(init.as_text()).values()),
         "sent by update": count(program).collectives,
-        "shardings kept by jit(init)": f"{sum(same(w, m, n) for n, w, m, _ in slots)} of {len(slots)}",
-        "by the update": f"{sum(same(w, u, n) for n, w, _, u in slots)} of {len(slots)}",
+        "arrays": len(slots),
+        "kept by jit(init)": sum(same(wanted, made, ndim) for ndim, wanted, made, _ in slots),
+        "kept by update": sum(same(wanted, updated, ndim) for ndim, wanted, _, updated in slots),
     }
 
 
 def same(wanted: NamedSharding, found: Any, ndim: int) -> bool:
     return wanted.device_set == found.device_set and wanted.is_equivalent_to(found, ndim)
+
+
+def meshes_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line per topology and update: sums over the layouts, which are data parallel, FSDP, tensor parallel and both."""
+    table: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = row["topology"], row["update"]
+        line = table.setdefault(key, {"topology": key[0], "update": key[1]})
+        for name in ("sent by init", "sent by update", "arrays", "kept by jit(init)", "kept by update"):
+            line[name] = line.get(name, 0) + row[name]
+    return list(table.values())
 
 
 # --- The state in the host's memory -------------------------------------------------------------------
@@ -438,12 +453,11 @@ def in_host_memory(chip: str, name: str) -> dict[str, Any]:
 
 # --- Reporting ----------------------------------------------------------------------------------------
 
-# What is compiled: all updates for a v5e, and those of one leaf for the others.
 CASES = [*(("v5e", layout) for layout in SHAPES), *((chip, "16M") for chip in CHIPS if chip != "v5e")]
-# At 160 leaves and more a program takes minutes on one core: here those that say most.
+# Of the first case every update is compiled, of the others those that say most. At 160 leaves each takes minutes.
 FEW = ("optax.rmsprop, plain", "ours, float32 state, plain", "ours, uint8 state, plain")
 FEW += ("ours, three bytes", "ours, four bytes", "optax.adam", "optax.adafactor")
-PARTS = ("updates", "peaks", "meshes", "host")
+PARTS = ("updates", "meshes", "host", "peaks")
 
 
 def main() -> None:
@@ -461,18 +475,21 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for chip, layout in CASES if "updates" in arguments.parts else ():
         if chip in arguments.chips and layout in arguments.layouts:
-            names = [x for x in updates_of_all() if layout == "16M" or x in FEW]
+            names = [x for x in updates_of_all() if (chip, layout) == CASES[0] or x in FEW]
             new = list(updates(chip, layout, [x for x in names if re.search(arguments.updates, x)]))
             rows += new
             print(f"{chip}, {layout}")
             report.add("updates", rows, updates_table(new))
     chips = [chip for chip in arguments.chips if chip == "v5e"]
-    if "peaks" in arguments.parts:
-        report.add("peaks", [peak(*x) for x in itertools.product(chips, arguments.models, TRAINED)])
     if "meshes" in arguments.parts:
-        report.add("meshes", [on_mesh(*x) for x in itertools.product(MESHES, SPECS, SHARDED)])
+        rows = [on_mesh(*x) for x in itertools.product(MESHES, SPECS, SHARDED)]
+        report.add("meshes", rows, meshes_table(rows))
     if "host" in arguments.parts:
         report.add("host", [in_host_memory(*x) for x in itertools.product(chips, OFFLOADED)])
+    peaks: list[dict[str, Any]] = []
+    for case in itertools.product(chips, arguments.models, TRAINED) if "peaks" in arguments.parts else ():
+        peaks.append(peak(*case))
+        report.add("peaks", peaks)
 
 
 if __name__ == "__main__":
