@@ -39,7 +39,8 @@ TABLES = {
     ],
     "accelerators": lambda c: [
         *accelerators.tables(c["updates"]).values(),
-        *(accelerators.meshes_table(c["meshes"]), c["host"], c["peaks"]),
+        accelerators.meshes_table(c["meshes"]),
+        *(c[part] for part in ("host", "peaks") if part in c),
     ],
     "training": lambda c: [training.evidence_table(c["evidence"])],
     "reinforcement": lambda c: [c["table"]],

@@ -10,8 +10,9 @@ An update is `tx.update` and `optax.apply_updates` in one program with parameter
   once and each result written once.
 * copies: kernels that only move an array from one place of the memory to another.
 * bundles: instructions of the TPU's core (each has several slots) for 1024 parameters, one vector register. Divided by the
-  clock they are the time of the arithmetic. The time of the memory is the bytes moved, divided by the bandwidth. Both are as published, and
-  the longer one is a lower bound of the update's time.
+  clock they are the time of the arithmetic. The time of the memory is the bytes moved, divided by the published bandwidth. The longer
+  one is a lower bound of the update's time. A clock is the one that the published peak of matrix products implies; a v6e's is a guess.
+  A v4 and a v5p have two cores in a device: where these share the work, the arithmetic takes half of the time.
 * compile: seconds of all threads, divided by those of Optax's same variant.
 
 Prints Markdown; `--json FILE` keeps every number.
