@@ -43,23 +43,22 @@ def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
     gives other bits.
     """
     a, b = seed
-    first, *others = (bits(part) for array in arrays for part in _parts(array))
-    x = first ^ _place(first.shape)
+    x, *others = (bits(part) for array in arrays for part in _parts(array))
     for other in others:
-        # The bits of bfloat16 are in the upper half of a word; a multiplication carries nothing downwards.
-        x = (x ^ (x >> 16)) * np.uint32(0x9E3779B1) + other
-        x = x ^ (x >> 15)
+        # The bits of bfloat16 are in the upper half of a word. Those of two such arrays then fill it.
+        x = x ^ (x >> 16) ^ other
+    x = x ^ _place(x.shape)
     return x * a + b
 
 
 def _place(shape: tuple[int, ...]) -> Any:
     """The place of each element in an array of this shape, counted in the last axis first."""
-    # Not a reshaped iota: XLA would divide by the sizes of the axes.
-    place, stride = np.uint32(0), 1
-    for axis in reversed(range(len(shape))):
+    # Not a reshaped iota: XLA would divide by the sizes of the axes. The two xor change nothing. Without them the
+    # product is constant along an axis, and XLA computes it in a kernel of its own on a TPU, for each axis.
+    place = np.uint32(0)
+    for axis, size in enumerate(shape):
         index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        place = index if axis == len(shape) - 1 else place + index * np.uint32(stride % 2**32)
-        stride *= shape[axis]
+        place = index if axis == 0 else ((place ^ index) ^ index) * np.uint32(size) + index
     return place
 
 
@@ -151,13 +150,11 @@ def to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
 
 def split(x: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rounds a float32 stochastically to 24 bits: the nearest bfloat16, and the rest as an int8."""
-    kept = (bits(x) + (noise >> 24)) & np.uint32(0xFFFFFF00)
+    # A carry out of these 24 bits is right, and none comes out of inf. NaN has one.
+    kept = bits(x) + (noise >> 24)
     # Half up. To nearest even, two pairs would stand for one number.
-    upper = (kept + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
-    nearest = _float32(upper)
-    rest = ((kept.astype(jnp.int32) - upper.astype(jnp.int32)) >> 8).astype(jnp.int8)
-    finite = jnp.isfinite(x) & jnp.isfinite(nearest)
-    return jnp.where(jnp.isfinite(x), nearest, x).astype(jnp.bfloat16), jnp.where(finite, rest, jnp.int8(0))
+    upper = _float32((kept + np.uint32(0x8000)) & np.uint32(0xFFFF0000))
+    return jnp.where(jnp.isnan(x), x, upper), (kept >> 8).astype(jnp.int8)
 
 
 def join(upper: jax.Array, rest: jax.Array) -> jax.Array:
@@ -181,6 +178,11 @@ def _as_float32(x: jax.Array) -> jax.Array:
         limit = float(np.finfo(np.float32).max) / 2
         x = jnp.clip(x, -limit, limit)
     return x.astype(jnp.float32)
+
+
+def upper_half(word: jax.Array) -> jax.Array:
+    """The bfloat16 in the upper half of a word."""
+    return jax.lax.bitcast_convert_type((word >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _float32(bits: jax.Array) -> jax.Array:

@@ -327,10 +327,8 @@ class _Rule:
             second_moment = nu.value
         nu_hat = second_moment / scalars.one_minus_power if self.bias_correction else second_moment
 
-        # grad - grad adds 0, but NaN for the inf that clipping hid. The sum also keeps XLA from turning
-        # g / sqrt(x) into g * rsqrt(x): its CPU backend does not vectorize rsqrt where cores get unequal parts of
-        # an array, and takes more than twice as long.
-        u = g / (self._denominator(scalars, nu_hat) + (grad - grad))
+        # grad - grad adds 0, but NaN for the inf that clipping hid.
+        u = g / self._denominator(scalars, nu_hat, grad - grad)
 
         if scalars.momentum is not None:
             increment = scalars.learning_rate * u if self.lr_in_momentum else u
@@ -343,15 +341,27 @@ class _Rule:
             step = step + scalars.minus_learning_rate * scalars.weight_decay * param
         return step, new
 
-    def _denominator(self, scalars: _Scalars, nu_hat: jax.Array) -> jax.Array:
+    def _denominator(self, scalars: _Scalars, nu_hat: jax.Array, zero: jax.Array) -> jax.Array:
         # Where the denominator is 0, which takes ε = 0, g is divided by 1: an update of 0 for a gradient
         # of 0. Subnormal numbers count as 0 on every machine, as they do on some. NaN passes. The selects
         # keep the zero out of the root and the quotient, so that derivatives of any order are finite.
         if self.eps_in_sqrt:
             square = nu_hat + scalars.eps
-            return jnp.sqrt(_one_for_zero(square) if self.eps_may_be_zero else square)
+            return _sqrt_plus(_one_for_zero(square) if self.eps_may_be_zero else square, zero)
         root = jnp.sqrt(_one_for_zero(nu_hat)) + scalars.eps
-        return jnp.where(_is_zero(nu_hat), scalars.nonzero_eps, root)
+        return jnp.where(_is_zero(nu_hat), scalars.nonzero_eps, root) + zero
+
+
+def _sqrt_plus(x: jax.Array, zero: jax.Array) -> jax.Array:
+    """√x, and NaN where `zero` is NaN."""
+    if jnp.iscomplexobj(zero):
+        return jnp.sqrt(x) + zero
+    # The sum outside the root keeps XLA from turning g / sqrt(x) into g * rsqrt(x): its CPU backend does not
+    # vectorize rsqrt where cores get unequal parts of an array, and takes more than twice as long. A TPU has an
+    # instruction for rsqrt, and needs half of the arithmetic with it.
+    return jax.lax.platform_dependent(
+        x, zero, cpu=lambda x, zero: jnp.sqrt(x) + zero, default=lambda x, zero: jnp.sqrt(x + zero)
+    )
 
 
 def _one_for_zero(x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """bfloat16 parameters that keep learning."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -187,13 +188,40 @@ def _round_array(seed: _bits.Seed, u: jax.Array, p: jax.Array) -> jax.Array:
 def _round_array_and_rest(seed: _bits.Seed, u: jax.Array, p: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
     start, move = _bits.join(p, rest), u.astype(jnp.float32)
     end, rest = _bits.split(start + move, _bits.noise(seed, start, move))
-    start, end = p.astype(jnp.float32), end.astype(jnp.float32)
-    # A rest counts from `end`, and optax.apply_updates may land elsewhere: on a neighbour, or on the zero of the
-    # other sign. XLA may leave out a conversion to bfloat16 and back, but never reduce_precision.
-    update = _rounded_to(u.dtype, _difference(end, start))
-    landed = _rounded_to(jnp.bfloat16, start + update)
-    rest = jnp.where(_bits.bits(landed) == _bits.bits(end), rest, jnp.int8(0))
-    return update.astype(u.dtype), rest
+    # XLA may leave out a conversion to bfloat16 and back, but never reduce_precision.
+    update = _rounded_to(u.dtype, _difference(end, p.astype(jnp.float32)))
+    return jax.lax.platform_dependent(
+        *(p, update, end, rest),
+        cpu=functools.partial(_update_and_rest_on_cpu, u.dtype),
+        default=functools.partial(_update_and_rest, u.dtype),
+    )
+
+
+def _update_and_rest(
+    dtype: Any, p: jax.Array, update: jax.Array, end: jax.Array, rest: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # The sum is written as in optax.apply_updates: then a TPU computes the parameter and the rest in one kernel.
+    update, wide = update.astype(dtype), jnp.promote_types(p.dtype, dtype)
+    landed = p.astype(wide) + update.astype(wide)
+    return update, _rest_at(landed.astype(jnp.float32), end, rest)
+
+
+def _update_and_rest_on_cpu(
+    dtype: Any, p: jax.Array, update: jax.Array, end: jax.Array, rest: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # XLA's CPU backend has no kernel with two results. Without the barrier it computes all of this for each of them,
+    # and from copies of p and of the old rest.
+    rest = _rest_at(p.astype(jnp.float32) + update, end, rest)
+    if dtype != jnp.bfloat16:
+        update, rest = jax.lax.optimization_barrier((update, rest))
+        return update.astype(dtype), rest
+    word = jax.lax.optimization_barrier(_bits.bits(update) | rest.astype(jnp.uint8).astype(jnp.uint32))
+    return _bits.upper_half(word), word.astype(jnp.int8)
+
+
+def _rest_at(landed: jax.Array, end: jax.Array, rest: jax.Array) -> jax.Array:
+    """The rest, which counts from `end`: 0 where optax.apply_updates lands elsewhere, or on inf."""
+    return jnp.where(landed - end == 0, rest, jnp.int8(0))
 
 
 def _difference(end: jax.Array, start: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Settings for all tests: eight CPU devices, no silent rank or dtype promotion, and (pyproject.toml) no warnings."""
 
 import contextlib
+import os
 import pathlib
 import sys
 
@@ -11,6 +12,9 @@ from hypothesis import HealthCheck, settings
 
 # Tests import from these folders as from this one.
 sys.path += [str(pathlib.Path(__file__).parent / folder) for folder in ("benchmarks", "golden")]
+
+# It needs XLA's compiler for TPUs.
+collect_ignore = [] if "RMSPROP_JAX_TPU" in os.environ else ["test_tpu.py"]
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -6,6 +6,7 @@ import json
 import pathlib
 import sys
 
+import accelerators
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,11 @@ TABLES = {
     "cpu": lambda c: [
         *(speed.time_table(c["updates"]), speed.cost_table(c["updates"]), speed.steps_table(c["steps"])),
         *(c["memory"], c["outside jit"], c["sweep"]),
+    ],
+    "accelerators": lambda c: [
+        *accelerators.tables(c["updates"]).values(),
+        accelerators.meshes_table(c["meshes"]),
+        *(c[part] for part in ("host", "peaks") if part in c),
     ],
     "training": lambda c: [training.evidence_table(c["evidence"])],
     "reinforcement": lambda c: [c["table"]],
