@@ -432,7 +432,7 @@ def probe(file: pathlib.Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the command line, trains, and prints what came out."""
+    """Parses the command line, trains, and prints the results."""
     options = parse(arguments)
     console = Terminal()
     if options.dialects:

@@ -41,8 +41,8 @@ def metrics(
         learning_rate    the injected one, if one is injected
         grad_rms         √ mean(ν + |μ|²)       root mean square of recent gradients
         nu_min, nu_max   min ν, max ν           of the variance if centered
-        at_floor         share of ν in code 0   of what is kept in one byte: as small as it can be
-        at_ceiling       share in code 255      as large as it can be
+        at_floor         share of ν in code 0   the smallest, of all ν in one byte
+        at_ceiling       share in code 255      the largest
         eps_share        mean ε / (ν + ε)       or ε / (√ν + ε) unless eps_in_sqrt; with `eps`
         update_rms       √ mean |u|²            with `updates`
         update_max       max |u|                with `updates`
@@ -229,7 +229,7 @@ def _rms(x: jax.Array, shares: jax.Array | None = None) -> jax.Array:
 
 
 def _scale(largest: jax.Array) -> jax.Array:
-    """What to divide by, so that no sum or square overflows or vanishes. NaN and inf stay what they are."""
+    """A divisor that keeps sums and squares from overflowing or vanishing. NaN and inf stay as they are."""
     return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
 
 

@@ -452,7 +452,7 @@ def _checked_state_dtype(value: Any) -> np.dtype | None:
         return None
     allowed = "allowed are None, jnp.bfloat16 and jnp.uint8"
     if isinstance(value, (jax.Array, np.ndarray)):
-        # optax.inject_hyperparams calls whatever can be called, with the count: jnp.uint8, too.
+        # optax.inject_hyperparams calls every callable with the count, and jnp.uint8 is one.
         raise ValueError(f"state_dtype is an array: {allowed}; with optax.inject_hyperparams, write them as strings")
     try:
         dtype = jnp.dtype(value)

@@ -22,7 +22,7 @@ class Accumulator(NamedTuple):
     noise: jax.Array | None = None  # random bits; None where nothing is rounded
 
     def set(self, x: jax.Array) -> "Accumulator":
-        """Keeps `x`. The new value is what the state can hold of it."""
+        """Keeps `x`. The new value is `x` as the state holds it."""
         encoded = encode(x, self.encoded.dtype, self.noise)
         return Accumulator(encoded, decode(encoded).astype(x.dtype), self.noise)
 

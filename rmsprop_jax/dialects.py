@@ -70,7 +70,7 @@ _ENTRIES: dict[Callable[..., Any], _Entry] = {}
 
 
 class _Given(inspect.BoundArguments):
-    """The arguments of a call, without defaults: optax.inject_hyperparams then injects what was given, and no more."""
+    """The arguments of a call, without defaults: optax.inject_hyperparams then injects only the arguments given."""
 
     def apply_defaults(self) -> None:
         """Leaves the defaults to the dialect."""
@@ -907,7 +907,7 @@ def options(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
 
 
 def table() -> list[dict[str, str]]:
-    """One row per dialect, one column per option in which they differ; "" is what a dialect does not have."""
+    """One row per dialect, one column per option in which they differ; "" where a dialect has no such option."""
 
     def probe(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any] | None:
         try:

@@ -78,7 +78,7 @@ def main(options: argparse.Namespace) -> None:
             manager.save(i, args=ocp.args.StandardSave({"params": params, "state": state}))
         manager.wait_until_finished()
 
-    # In float64, which holds every dtype's values, bfloat16's too.
+    # In float64, which holds the values of every dtype.
     np.savez(f"{options.out}{options.process}.npz", *(np.float64(x) for x in jax.tree.leaves((params, state))))
 
 

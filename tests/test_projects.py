@@ -187,7 +187,7 @@ def with_pmap(state, batches):
 
 
 def with_shard_map(state, batches):
-    """The same in jit: each device has a state of its own, too."""
+    """The same in jit, where each device has a state of its own as well."""
     mesh = mesh_of(shape=(DEVICES,), names=("devices",))
 
     def body(state, batch):

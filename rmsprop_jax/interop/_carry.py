@@ -59,7 +59,7 @@ class Contents(NamedTuple):
 
     def counts(self) -> dict[Path, Any]:
         """Updates made so far: RMSProp's counts or, if it has none, those of the nearest wrappers that count."""
-        # Flax NNX wraps every array: what is in there is the only leaf.
+        # Flax NNX wraps every array, which is then the only leaf.
         own = {path: jax.tree.leaves(_rows.fields(node).count)[:1] for path, node in self.states.items()}
         if any(own.values()):
             return {path: count[0] for path, count in own.items() if count}
@@ -241,7 +241,7 @@ def _rows_for(old: Contents, new: Contents) -> dict[Path, Row]:
 
 
 def _taken(old: Contents, new: Contents) -> dict[Path, list[Path]]:
-    """For each array of a wrapper in `new`, what it takes over: nothing, one array of `old`, or one of several."""
+    """For each array of a wrapper in `new`, the arrays of `old` that it can take over: none, one, or several."""
     sources = old.by_key()
     taken: dict[Path, list[Path]] = {}
     for key, places in new.by_key().items():

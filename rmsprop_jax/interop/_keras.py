@@ -82,7 +82,7 @@ def from_keras(
             `h5py.File("model.h5")`.
         convert: from arrays by name to a tree of parameters. Keras 3 names an accumulator by the path of its
             weight, with "_" for "/": `sequential/d1/kernel` is `sequential_d1_kernel` here. `None`: the dict.
-        gradient_accumulation_steps: what the optimizer got. Needed where it has accumulators.
+        gradient_accumulation_steps: the optimizer's own. Needed where it has accumulators.
 
     Raises:
         ValueError: names, slots or shapes do not fit; the error lists which. Or the variables are another
@@ -207,7 +207,7 @@ def _checked_steps(others: Iterable[str], steps: int | None) -> int:
     if bool(accumulators) != (steps is not None):
         raise ValueError(
             f"gradient_accumulation_steps={steps}, but the optimizer has {len(accumulators)} gradient accumulators: "
-            "pass what the optimizer got"
+            "pass the optimizer's own number"
         )
     return 1 if steps is None else steps
 

@@ -55,7 +55,7 @@ class Setting(NamedTuple):
 
 
 def fewer_bytes(eps: float) -> dict[str, Dialect]:
-    """PyTorch's dialect with ν in one byte, and with bfloat16 parameters, too."""
+    """PyTorch's dialect with ν in one byte, and the same with bfloat16 parameters."""
 
     def narrow(rate):
         return dialects.pytorch(rate, alpha=0.99, eps=eps, state_dtype=jnp.uint8)

@@ -3,7 +3,7 @@
 An update is `tx.update` and `optax.apply_updates` in one compiled step with parameters and state donated; for PyTorch
 `optimizer.step()`, for Keras `stateless_apply` on the JAX backend. Candidates take turns, round by round, in an order
 that changes; a ratio is the median over the rounds of a candidate's time divided by Optax's in that round, followed by
-the quartiles. Tracing (with lowering) and compiling take turns, too, each time with JAX's caches cleared; a first call
+the quartiles. Tracing (with lowering) and compiling also take turns, each time with JAX's caches cleared; a first call
 takes both. The more instructions the compiled program has, the longer that takes; their number has no noise. The floor is
 the measured time of a program that reads four arrays and writes one: 20 bytes a parameter, what RMSProp in float32 must
 move. Takes torch, keras and bitsandbytes along where they are.
@@ -80,7 +80,7 @@ LAYOUTS: dict[str, Callable[[], Shapes]] = {
     "ResNet-50": resnet50,
     "GPT-2 small": gpt2,
 }
-# Where tracing and compiling are raced, too.
+# Where tracing and compiling are raced as well.
 PREPARED = ("1000 x 1k", "ResNet-50")
 SECONDS = ("trace seconds", "compile seconds")
 
@@ -193,7 +193,7 @@ def makers(layout: str, shapes: Shapes) -> dict[str, Callable[[], Candidate]]:
     result: dict[str, Callable[[], Candidate]] = {"floor": lambda: of_floor(shapes)}
     for variant, options in VARIANTS.items():
         if variant != "plain" and layout not in ("16M", "ResNet-50"):
-            continue  # the odd sizes, too, are there for the plain update alone
+            continue  # the odd sizes are there for the plain update alone
         result[f"optax, {variant}"] = lambda options=options: of_jax(optax.rmsprop(RATE, **options), shapes, grads)
         for name, kind in STATE_DTYPES.items():
             result[f"ours {name}, {variant}"] = lambda options=options, kind=kind: of_jax(
