@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import pathlib
+import re
 import sys
 
 import accelerators
@@ -58,6 +59,19 @@ def test_the_page_of_numbers_quotes_what_was_printed(name):
     assert content["machine"] in page
     for table in TABLES[name](content):
         assert report.markdown(table) in page
+
+
+def test_the_readme_quotes_the_peaks():
+    here = pathlib.Path(__file__).parent
+    measured: dict[int, dict[str, str]] = {}
+    for name, part in (("accelerators", "peaks"), ("cpu", "memory")):
+        for row in json.loads((here / "benchmarks" / "results" / f"{name}.json").read_text())[part]:
+            measured.setdefault(round(row["parameters and state"]), {})[name] = report.short(row["peak"])
+    rows = re.findall(r"^\|[^|]*\| (\d+) \|([^|]*)\|([^|]*)\|$", (here.parent / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 5
+    for held, *peaks in rows:
+        expected = [measured[int(held)].get(name, "") for name in ("accelerators", "cpu")]
+        assert [peak.strip() for peak in peaks] == expected
 
 
 def test_the_table_of_agents_is_that_of_their_curves():
