@@ -39,8 +39,8 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
         w' = w + u, rounded to one of its two neighbours of 24 bits
         p' = the bfloat16 nearest to w',  rest' = w' - p' in units of 2⁻⁸ of p's last place
 
-    The network runs on p, and the optimizer moves w, which does as well as a float32 parameter even where three
-    bytes are noisy: at small learning rates. :func:`params_in_float32` gives w.
+    The network runs on p, and the optimizer moves w, as it would move a float32 parameter but for the rounding.
+    Where a bfloat16 u cannot hold p' - p, the rest is 0. :func:`params_in_float32` gives w.
 
     The random bits are a hash of the values, of the place in the array and of the number of the update. There is
     no key, and the same parameters, updates and step give the same result on any layout of devices.
@@ -50,8 +50,8 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
     JAX's standard dtype promotion in :func:`optax.apply_updates`. Derivatives do not pass through the rounding:
     they are zero.
 
-    :class:`optax.MultiSteps` accumulates gradients in float32, four bytes more for each parameter. A larger batch in
-    one step needs none of them, and neither does a decay for small batches, `decay ** (new_batch / old_batch)`.
+    :class:`optax.MultiSteps` accumulates gradients in float32, in four more bytes for each parameter. To avoid them,
+    use a larger batch in one step, or small batches without accumulation and `decay ** (new_batch / old_batch)`.
 
     Args:
         keep_rest: keep the rest of each bfloat16 parameter in one byte.

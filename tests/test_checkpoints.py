@@ -156,9 +156,10 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(version, case):
     if version == "0.2":  # every slot has the dtype that it has now, so every bit stays
         for slot in ("nu", "mu", "trace"):
             jax.tree.map(np.testing.assert_array_equal, getattr(state, slot), kept["state"][slot])
-    # With one byte both runs are rounded at random, also the buffer since 0.2: that says little of the end.
-    tolerance = {"float32": 1e-6, "bfloat16": 0.01, "uint8": 0.3}[case.partition(", ")[2]]
-    check_end(tx, params, state, recorded["ends"], tolerance)
+    # With a buffer in one byte both runs end as far from each other as from one that starts anew: the bits must do.
+    if (version, case) != ("0.2", "momentum, uint8"):
+        tolerance = {"float32": 1e-6, "bfloat16": 0.01, "uint8": 0.2}[case.partition(", ")[2]]
+        check_end(tx, params, state, recorded["ends"], tolerance)
 
 
 @pytest.mark.parametrize("keep_rest", [False, True])
