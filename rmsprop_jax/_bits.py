@@ -47,8 +47,7 @@ def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
     for other in others:
         # The bits of bfloat16 are in the upper half of a word. Those of two such arrays then fill it.
         x = x ^ (x >> 16) ^ other
-    x = x ^ _place(x.shape)
-    return x * a + b
+    return (x ^ (_place(x.shape) + b)) * a
 
 
 def _place(shape: tuple[int, ...]) -> Any:
@@ -137,24 +136,47 @@ def from_int8(code: jax.Array) -> jax.Array:
 
 def to_bfloat16(x: jax.Array, noise: Any) -> jax.Array:
     """Rounds to one of the two bfloat16 neighbours of `x`. The mean over the noise is `x`."""
-    # The noise would carry NVIDIA's NaN, 0x7fffffff, over into -0. The select is of float32, and the
-    # conversion comes last: XLA's CPU backend would widen a select of bfloat16, and recompute it from
-    # the old state wherever it is read, which has to be copied for that.
+    # The select is of float32, and the conversion comes last: XLA's CPU backend would widen a select of bfloat16,
+    # and recompute it from the old state wherever it is read, which has to be copied for that.
+    return to_16_bits(x, noise).astype(jnp.bfloat16)
+
+
+def to_16_bits(x: jax.Array, noise: Any) -> jax.Array:
+    """`to_bfloat16`, as a float32."""
     x = _as_float32(x)
-    rounded = _float32((bits(x) + (noise >> 16)) & np.uint32(0xFFFF0000))
-    return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)
+    # The noise would carry NVIDIA's NaN, 0x7fffffff, over into -0.
+    return jnp.where(jnp.isnan(x), x, _upper_half(bits(x) + (noise >> 16)))
+
+
+def nearest_bfloat16(x: jax.Array) -> jax.Array:
+    """The bfloat16 nearest to a float32, half away from zero. A NaN may have no bits in the lower half of its word."""
+    word = bits(x) + np.uint32(0x8000)
+    return jax.lax.bitcast_convert_type((word >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 # --- Three bytes: a bfloat16 and the eight bits behind it --------------------------------------------------
 
 
-def split(x: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rounds a float32 stochastically to 24 bits: the nearest bfloat16, and the rest as an int8."""
-    # A carry out of these 24 bits is right, and none comes out of inf. NaN has one.
-    kept = bits(x) + (noise >> 24)
+def to_24_bits(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """The bits of a float32, rounded stochastically to 24. What the last eight hold does not count."""
+    # A carry out of these 24 bits is right, and none comes out of inf. Some NaN have one, but not that of NumPy.
+    return jnp.where(jnp.isnan(x), np.float32(np.nan).view(np.uint32), bits(x) + (noise >> 24))
+
+
+def nearest_16_bits(weight: jax.Array) -> jax.Array:
+    """The bfloat16 nearest to a weight of 24 bits, as a float32."""
     # Half up. To nearest even, two pairs would stand for one number.
-    upper = _float32((kept + np.uint32(0x8000)) & np.uint32(0xFFFF0000))
-    return jnp.where(jnp.isnan(x), x, upper), (kept >> 8).astype(jnp.int8)
+    return _upper_half(weight + np.uint32(0x8000))
+
+
+def rest_of(weight: jax.Array) -> jax.Array:
+    """What is left of a weight of 24 bits when its nearest bfloat16 is taken away."""
+    return (weight >> 8).astype(jnp.int8)
+
+
+def without_rest(weight: jax.Array, rest: jax.Array) -> jax.Array:
+    """The weight of 24 bits less this rest."""
+    return weight - (rest.astype(jnp.int32) << 8).astype(jnp.uint32)
 
 
 def join(upper: jax.Array, rest: jax.Array) -> jax.Array:
@@ -180,9 +202,9 @@ def _as_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def upper_half(word: jax.Array) -> jax.Array:
-    """The bfloat16 in the upper half of a word."""
-    return jax.lax.bitcast_convert_type((word >> 16).astype(jnp.uint16), jnp.bfloat16)
+def _upper_half(word: jax.Array) -> jax.Array:
+    """The float32 of the upper half of its bits."""
+    return _float32(word & np.uint32(0xFFFF0000))
 
 
 def _float32(bits: jax.Array) -> jax.Array:

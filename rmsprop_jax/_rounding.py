@@ -179,49 +179,48 @@ def _check_shape(path: Any, u: Any, name: str, other: Any) -> None:
 
 @jax.jit
 def _round_array(seed: _bits.Seed, u: jax.Array, p: jax.Array) -> jax.Array:
-    start, move = p.astype(jnp.float32), u.astype(jnp.float32)
-    end = _bits.to_bfloat16(start + move, _bits.noise(seed, start, move))
-    return _difference(end.astype(jnp.float32), start).astype(u.dtype)
+    start = p.astype(jnp.float32)
+    exact = start + u.astype(jnp.float32)
+    return _narrow(u.dtype, _difference(_bits.to_16_bits(exact, _bits.noise(seed, exact)), start))
 
 
 @jax.jit
 def _round_array_and_rest(seed: _bits.Seed, u: jax.Array, p: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
-    start, move = _bits.join(p, rest), u.astype(jnp.float32)
-    end, rest = _bits.split(start + move, _bits.noise(seed, start, move))
-    # XLA may leave out a conversion to bfloat16 and back, but never reduce_precision.
-    update = _rounded_to(u.dtype, _difference(end, p.astype(jnp.float32)))
+    exact = _bits.join(p, rest) + u.astype(jnp.float32)
     return jax.lax.platform_dependent(
-        *(p, update, end, rest),
+        *(p, _bits.to_24_bits(exact, _bits.noise(seed, exact))),
         cpu=functools.partial(_update_and_rest_on_cpu, u.dtype),
         default=functools.partial(_update_and_rest, u.dtype),
     )
 
 
-def _update_and_rest(
-    dtype: Any, p: jax.Array, update: jax.Array, end: jax.Array, rest: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _update_and_rest(dtype: Any, p: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    update = _difference(_bits.nearest_16_bits(weight), p.astype(jnp.float32))
+    # XLA may leave out a conversion to bfloat16 and back, but never reduce_precision.
+    precision = jnp.finfo(dtype)
+    if precision.nmant < 23:
+        update = jax.lax.reduce_precision(update, precision.nexp, precision.nmant)
+    update = update.astype(dtype)
+    return update, _rest(weight, p, update)
+
+
+def _update_and_rest_on_cpu(dtype: Any, p: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # XLA's CPU backend has no kernel with two results. It computes everything again for each of them, and from copies
+    # of p and of the old rest, unless one result needs the other: then it keeps what both need, the weight. So the
+    # update comes from the weight without its rest. The nearest bfloat16 is the same.
+    def update(weight: jax.Array) -> jax.Array:
+        return _narrow(dtype, _difference(_bits.nearest_16_bits(weight), p.astype(jnp.float32)))
+
+    rest = _rest(weight, p, update(weight))
+    return update(_bits.without_rest(weight, rest)), rest
+
+
+def _rest(weight: jax.Array, p: jax.Array, update: jax.Array) -> jax.Array:
+    """The rest of a weight: 0 where optax.apply_updates does not land on the nearest bfloat16, or lands on inf."""
     # The sum is written as in optax.apply_updates: then a TPU computes the parameter and the rest in one kernel.
-    update, wide = update.astype(dtype), jnp.promote_types(p.dtype, dtype)
-    landed = p.astype(wide) + update.astype(wide)
-    return update, _rest_at(landed.astype(jnp.float32), end, rest)
-
-
-def _update_and_rest_on_cpu(
-    dtype: Any, p: jax.Array, update: jax.Array, end: jax.Array, rest: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    # XLA's CPU backend has no kernel with two results. Without the barrier it computes all of this for each of them,
-    # and from copies of p and of the old rest.
-    rest = _rest_at(p.astype(jnp.float32) + update, end, rest)
-    if dtype != jnp.bfloat16:
-        update, rest = jax.lax.optimization_barrier((update, rest))
-        return update.astype(dtype), rest
-    word = jax.lax.optimization_barrier(_bits.bits(update) | rest.astype(jnp.uint8).astype(jnp.uint32))
-    return _bits.upper_half(word), word.astype(jnp.int8)
-
-
-def _rest_at(landed: jax.Array, end: jax.Array, rest: jax.Array) -> jax.Array:
-    """The rest, which counts from `end`: 0 where optax.apply_updates lands elsewhere, or on inf."""
-    return jnp.where(landed - end == 0, rest, jnp.int8(0))
+    wide = jnp.promote_types(p.dtype, update.dtype)
+    landed = (p.astype(wide) + update.astype(wide)).astype(jnp.float32)
+    return jnp.where(landed - _bits.nearest_16_bits(weight) == 0, _bits.rest_of(weight), jnp.int8(0))
 
 
 def _difference(end: jax.Array, start: jax.Array) -> jax.Array:
@@ -229,10 +228,12 @@ def _difference(end: jax.Array, start: jax.Array) -> jax.Array:
     return jnp.where(end == start, -0.0, end - start)
 
 
-def _rounded_to(dtype: Any, x: jax.Array) -> jax.Array:
-    """A float32 rounded to the nearest number of a narrower dtype."""
-    precision = jnp.finfo(dtype)
-    return x if precision.nmant >= 23 else jax.lax.reduce_precision(x, precision.nexp, precision.nmant)
+def _narrow(dtype: Any, x: jax.Array) -> jax.Array:
+    """A difference of bfloat16 numbers, in the dtype of an update."""
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    # XLA's CPU backend takes eight instructions for a conversion to bfloat16.
+    return jax.lax.platform_dependent(x, cpu=_bits.nearest_bfloat16, default=lambda x: x.astype(jnp.bfloat16))
 
 
 def _in_float32(p: Any, rest: jax.Array | None) -> Any:
