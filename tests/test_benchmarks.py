@@ -94,7 +94,7 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
         speed.main()
     content = json.loads((tmp_path / "out.json").read_text())
     rows = {(row["layout"], row["candidate"]): row for row in content["updates"]}
-    assert len(rows) == (1 + 3 * 4) + (1 + 4)
+    assert len(rows) == (1 + 3 * 4 + 2) + (1 + 4)
     for variant, bytes_per_parameter in (("plain", (4, 2, 1)), ("momentum", (8, 4, 2)), ("centered", (8, 4, 3))):
         for name, expected in zip(("float32", "bfloat16", "uint8"), bytes_per_parameter, strict=True):
             row = rows["16M", f"ours {name}, {variant}"]
@@ -102,6 +102,10 @@ def test_speed_writes_what_it_measured(tmp_path, monkeypatch, capsys):
             assert row["rounds"] >= 5
             assert row["milliseconds"] > 0
             assert row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
+    for name, expected in (("three", 1), ("four", 2)):
+        row = rows["16M", f"ours {name} bytes"]
+        assert row["state bytes per parameter"] == expected + 8 / 64  # and count and step
+        assert row["instructions ratio"] == row["instructions"] / rows["16M", "optax, plain"]["instructions"]
     assert all(rows[layout, "optax, plain"]["ratio"] == 1 for layout in speed.LAYOUTS)
     prepared = rows["160 x 100k", "ours float32, plain"]
     for what in ("trace", "compile", "first call"):
@@ -126,6 +130,16 @@ def test_the_timed_step_updates_the_parameters():
     assert held[1].count == 3
     # α (1/√.1 + 1/√.19 + 1/√.271)
     np.testing.assert_allclose(1 - held[0][0], 1e-3 * (0.1**-0.5 + 0.19**-0.5 + 0.271**-0.5), rtol=1e-4)
+
+
+@pytest.mark.parametrize("tx", speed.WITH_BFLOAT16.values(), ids=speed.WITH_BFLOAT16)
+def test_the_timed_step_has_parameters_like_its_gradients(tx):
+    candidate = speed.of_jax(tx, [(64,)], [jnp.ones(64, jnp.bfloat16)])
+    candidate.step()
+    params, (_, rounding) = inspect.getclosurevars(candidate.step).nonlocals["held"]
+    assert params[0].dtype == jnp.bfloat16
+    assert rounding.step == 1
+    assert (params[0] < 1).any()
 
 
 def test_the_fit_recovers_its_coefficients():
@@ -164,6 +178,7 @@ def test_memory_is_that_of_parameters_and_state(users_climate, monkeypatch):
     }.items():
         assert expected <= held[name] < expected + 0.1  # and the batch
     assert 3 <= held["ours, uint8 state, bfloat16 parameters"] < 3.1
+    assert 4 <= held["ours, four bytes"] < 4.1
 
 
 def test_the_grid_compares_equal_starts_and_batches(users_climate, monkeypatch):

@@ -3,7 +3,8 @@
 An update is `tx.update` and `optax.apply_updates` in one compiled step with parameters and state donated; for PyTorch
 `optimizer.step()`, for Keras `stateless_apply` on the JAX backend. Candidates take turns, round by round, in an order
 that changes; a ratio is the median over the rounds of a candidate's time divided by Optax's in that round, followed by
-the quartiles. Tracing (with lowering) and compiling also take turns, each time with JAX's caches cleared; a first call
+the quartiles. Three and four bytes have bfloat16 parameters and gradients, and their ratio is to Optax's float32.
+Tracing (with lowering) and compiling also take turns, each time with JAX's caches cleared; a first call
 takes both. The more instructions the compiled program has, the longer that takes; their number has no noise. The floor is
 the measured time of a program that reads four arrays and writes one: 20 bytes a parameter, what RMSProp in float32 must
 move. Takes torch, keras and bitsandbytes along where they are.
@@ -45,6 +46,11 @@ Shapes = list[tuple[int, ...]]
 RATE = 1e-3
 VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "momentum": {"momentum": 0.9}, "centered": {"centered": True}}
 STATE_DTYPES = {"float32": None, "bfloat16": "bfloat16", "uint8": "uint8"}
+# Bytes of a bfloat16 parameter and its state.
+WITH_BFLOAT16 = {
+    f"{name} bytes": optax.chain(rmsprop(RATE, state_dtype="uint8"), round_params_stochastically(keep_rest))
+    for name, keep_rest in (("three", False), ("four", True))
+}
 
 
 # --- What is updated ----------------------------------------------------------------------------------
@@ -106,7 +112,7 @@ def of_jax(tx: optax.GradientTransformation, shapes: Shapes, grads: list[jax.Arr
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = [jnp.ones(shape) for shape in shapes]
+    params = [jnp.ones(shape, grad.dtype) for shape, grad in zip(shapes, grads, strict=True)]
     state = tx.init(params)
     return compiled(update, params, state, grads, sum(x.nbytes for x in jax.tree.leaves(state)))
 
@@ -199,6 +205,10 @@ def makers(layout: str, shapes: Shapes) -> dict[str, Callable[[], Candidate]]:
             result[f"ours {name}, {variant}"] = lambda options=options, kind=kind: of_jax(
                 rmsprop(RATE, **options, state_dtype=kind), shapes, grads
             )
+    if layout in ("16M", "ResNet-50", "GPT-2 small"):
+        halves = [grad.astype(jnp.bfloat16) for grad in grads]
+        for name, tx in WITH_BFLOAT16.items():
+            result[f"ours {name}"] = lambda tx=tx: of_jax(tx, shapes, halves)
     if is_here("torch"):
         hows = ["for-loop", "foreach", *(["torch.compile"] if len(shapes) < 200 else [])]
         hows += ["bitsandbytes"] if is_here("bitsandbytes") else []
@@ -467,8 +477,8 @@ def trained() -> dict[str, Trained]:
     result = {"gradients alone": Trained(None), "optax.adam": Trained(optax.adam(RATE))}
     result |= {"optax.rmsprop": Trained(optax.rmsprop(RATE))}
     result |= {f"ours, {name} state": Trained(rmsprop(RATE, state_dtype=kind)) for name, kind in STATE_DTYPES.items()}
-    three = optax.chain(rmsprop(RATE, state_dtype="uint8"), round_params_stochastically())
-    return result | {"ours, uint8 state, bfloat16 parameters": Trained(three, jnp.bfloat16)}
+    three, four = (Trained(tx, jnp.bfloat16) for tx in WITH_BFLOAT16.values())
+    return result | {"ours, uint8 state, bfloat16 parameters": three, "ours, four bytes": four}
 
 
 def training_step(model: Model, candidate: Trained, arithmetic: Any = jnp.float32) -> tuple[Any, Any]:
