@@ -201,26 +201,29 @@ def _update_and_rest(dtype: Any, p: jax.Array, weight: jax.Array) -> tuple[jax.A
     if precision.nmant < 23:
         update = jax.lax.reduce_precision(update, precision.nexp, precision.nmant)
     update = update.astype(dtype)
-    return update, _rest(weight, p, update)
+    # As in optax.apply_updates: then a TPU computes the parameter and the rest in one kernel.
+    wide = jnp.promote_types(p.dtype, dtype)
+    return update, _rest(weight, p.astype(wide) + update.astype(wide))
 
 
 def _update_and_rest_on_cpu(dtype: Any, p: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     # XLA's CPU backend has no kernel with two results. It computes everything again for each of them, and from copies
     # of p and of the old rest, unless one result needs the other: then it keeps what both need, the weight. So the
     # update comes from the weight without its rest. The nearest bfloat16 is the same.
-    def update(weight: jax.Array) -> jax.Array:
-        return _narrow(dtype, _difference(_bits.nearest_16_bits(weight), p.astype(jnp.float32)))
+    start = p.astype(jnp.float32)
 
-    rest = _rest(weight, p, update(weight))
+    def update(weight: jax.Array) -> jax.Array:
+        return _narrow(dtype, _difference(_bits.nearest_16_bits(weight), start))
+
+    # The sum stays in float32: on some meshes, and not on others, XLA would leave out that it is rounded.
+    rest = _rest(weight, start + update(weight).astype(jnp.float32))
     return update(_bits.without_rest(weight, rest)), rest
 
 
-def _rest(weight: jax.Array, p: jax.Array, update: jax.Array) -> jax.Array:
+def _rest(weight: jax.Array, landed: jax.Array) -> jax.Array:
     """The rest of a weight: 0 where optax.apply_updates does not land on the nearest bfloat16, or lands on inf."""
-    # The sum is written as in optax.apply_updates: then a TPU computes the parameter and the rest in one kernel.
-    wide = jnp.promote_types(p.dtype, update.dtype)
-    landed = (p.astype(wide) + update.astype(wide)).astype(jnp.float32)
-    return jnp.where(landed - _bits.nearest_16_bits(weight) == 0, _bits.rest_of(weight), jnp.int8(0))
+    off = landed.astype(jnp.float32) - _bits.nearest_16_bits(weight)
+    return jnp.where(off == 0, _bits.rest_of(weight), jnp.int8(0))
 
 
 def _difference(end: jax.Array, start: jax.Array) -> jax.Array:

@@ -223,12 +223,18 @@ def test_weights_follow_float32_in_any_wrapper(wrap):
     np.testing.assert_allclose(np.asarray(ours["w"]), expected, atol=6 * deviation)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0])  # steps as long as the weights land beside the nearest bfloat16
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_a_mesh_gives_the_same_bits_and_shards_the_rest(axis_type):
+def test_a_mesh_gives_the_same_bits_and_shards_the_rest(axis_type, size):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,), devices=jax.devices()[:8])
     p = jax.random.normal(jax.random.key(0), (64, 8)).astype(jnp.bfloat16)
-    u = (p * 1e-3).astype(jnp.bfloat16)
-    step = jax.jit(lambda p, u, s: FOUR_BYTES.update(u, s, p))
+    u = (size * p * jax.random.normal(jax.random.key(1), p.shape)).astype(jnp.bfloat16)
+
+    @jax.jit
+    def step(p, u, s):
+        updates, s = FOUR_BYTES.update(u, s, p)
+        return optax.apply_updates(p, updates), s
+
     expected = step(p, u, FOUR_BYTES.init(p))
     there, updates = (jax.device_put(x, NamedSharding(mesh, P("x"))) for x in (p, u))
     for init in (FOUR_BYTES.init, jax.jit(FOUR_BYTES.init)):
