@@ -48,7 +48,7 @@ def test_what_fails_these_tests_is_seen():
     assert normed.moved >= 1.4 * normed.floor
 
 
-def test_bundles_are_counted():
+def test_instructions_are_counted():
     x = with_sharding(jax.ShapeDtypeStruct((4096, 4096), "float32"), one_device("v5e"))
-    few, many = (count(compiled(lambda x, y, n=n: (x + y**n, y), x, x)[0]).bundles for n in (2, 30))
+    few, many = (count(compiled(lambda x, y, n=n: (x + y**n, y), x, x)[0]).instructions for n in (2, 30))
     assert 0 < few < many

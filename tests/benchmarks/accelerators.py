@@ -1,11 +1,13 @@
-"""python tests/benchmarks/accelerators.py: updates and training steps compiled for TPUs that are not there, and read.
+"""python tests/benchmarks/accelerators.py: updates and training steps compiled for TPUs and GPUs that are not there, and read.
 
-XLA's compiler for TPUs needs no TPU: `pip install "jax[tpu]"` brings it. **Nothing here ran on an accelerator.** Every number is
-read from a compiled program, except the seconds that compiling took, which are those of the processor at hand.
+XLA's compilers need no device: `pip install "jax[tpu]"` brings that for TPUs, and `pip install "jax[cuda12]" nvidia-cuda-nvdisasm`,
+in an environment of its own, that for NVIDIA's GPUs. **Nothing here ran on an accelerator.** Every number is read from a compiled
+program, except the seconds that compiling took, which are those of the processor at hand.
 
 An update is `tx.update` and `optax.apply_updates` in one program with parameters and state donated.
 
-* kernels: what the program launches on arrays. Scalars are left out: a TPU computes them beside the kernels.
+* kernels: what the program launches on arrays. Scalars are left out: a TPU computes them beside the kernels. A GPU launches up to
+  four kernels more for them in a program.
 * moved: bytes that the kernels read and write in the device's memory, with the padding of tiles. The floor is each argument read
   once and each result written once.
 * copies: kernels that only move an array from one place of the memory to another.
@@ -13,7 +15,9 @@ An update is `tx.update` and `optax.apply_updates` in one program with parameter
   clock they are the time of the arithmetic. The time of the memory is the bytes moved, divided by the published bandwidth. The longer
   one is a lower bound of the update's time. A clock is the one that the published peak of matrix products implies; a v6e's is a guess.
   A v4 and a v5p have two cores in a device: where these share the work, the arithmetic takes half of the time.
-* compile: seconds of all threads, divided by those of Optax's same variant.
+* instructions: of a GPU's machine code, for one parameter. Their time is that of 128 in each cycle of each of its cores. None are
+  counted in kernels with loops.
+* compile: processor seconds of all threads, divided by those of Optax's same variant.
 
 Prints Markdown; `--json FILE` keeps every number.
 """
@@ -21,46 +25,25 @@ Prints Markdown; `--json FILE` keeps every number.
 import argparse
 import collections
 import dataclasses
-import functools
 import itertools
 import math
-import os
-import pathlib
 import re
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+import resource
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
-from jax.experimental import topologies
+from compilers import CHIPS, devices, forget, instructions
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from meshes import collectives
-from report import Report
+from report import is_here, Report
 from speed import language, LAYOUTS, RATE, Shapes, VARIANTS
 
 from rmsprop_jax import rmsprop, round_params_stochastically
 
 
 # --- What is compiled, and for what -------------------------------------------------------------------
-
-
-class Chip(NamedTuple):
-    """A small topology with such chips, and what is published of one."""
-
-    topology: str
-    bytes_per_second: float
-    hertz: float  # of the core that does vector arithmetic
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 819e9, 1.5e9),
-    "v5p": Chip("v5p:2x2x1", 2765e9, 1.75e9),
-    "v6e": Chip("v6e:2x2", 1640e9, 1.75e9),
-    "v4": Chip("v4:2x2x1", 1228e9, 1.05e9),
-}
 
 
 class Update(NamedTuple):
@@ -99,25 +82,6 @@ SHAPES: dict[str, Callable[[], Shapes]] = {
 # --- Compiling ----------------------------------------------------------------------------------------
 
 
-@functools.cache
-def dump() -> tempfile.TemporaryDirectory[str]:
-    """The folder into which the compiler writes its bundles. It reads its settings once, when it is loaded."""
-    folder = tempfile.TemporaryDirectory(prefix="bundles-")
-    written = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*static-per-bundle-utilization"
-    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder.name} {written}"
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no server that knows the machine
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # else one process at a time
-    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}  # else it warns
-    return folder
-
-
-@functools.cache
-def devices(topology: str) -> np.ndarray:
-    """Descriptions of TPUs, such as those of "v5e:4x4"."""
-    dump()
-    return np.array(topologies.get_topology_desc(topology, "tpu").devices)
-
-
 def one_device(chip: str) -> NamedSharding:
     return NamedSharding(Mesh(devices(CHIPS[chip].topology)[:1], "x"), P())
 
@@ -140,9 +104,16 @@ def step_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
 def compiled(step: Callable[..., Any], *arguments: Any) -> tuple[jax.stages.Compiled, float]:
     """A program with the first two arguments donated, and the processor's seconds, which other processes do not lengthen."""
     jax.clear_caches()  # as in a new process
-    start = time.process_time()
+    forget()
+    start = processor_seconds()
     program = jax.jit(step, donate_argnums=(0, 1), keep_unused=True).lower(*arguments).compile()
-    return program, time.process_time() - start
+    return program, processor_seconds() - start
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it ran, such as an assembler."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(x.ru_utime + x.ru_stime for x in used)
 
 
 # --- Reading ------------------------------------------------------------------------------------------
@@ -227,11 +198,11 @@ class Counts(NamedTuple):
     collectives: int
     program_bytes: int
     arguments: list[int]  # bytes of each, as they lie in memory
-    bundles: int | None  # None if the compiler wrote none
+    instructions: int | None  # None where they cannot be counted
 
 
 def count(program: jax.stages.Compiled) -> Counts:
-    """Reads a program. The bundles are those of the last one that was compiled."""
+    """Reads a program. The instructions are those of the last one that was compiled."""
     text = program.as_text()
     entry, memory = entry_of(text), program.memory_analysis()
     arguments = {x.text.partition(")")[0]: x.arrays for x in entry if x.opcode == "parameter"}
@@ -251,7 +222,7 @@ def count(program: jax.stages.Compiled) -> Counts:
         collectives=sum(collectives(text).values()),
         program_bytes=memory.generated_code_size_in_bytes,
         arguments=in_order,
-        bundles=bundles_of(kernels),
+        instructions=instructions({x.name: x.trips for x in kernels}),
     )
 
 
@@ -266,26 +237,13 @@ def is_copy(instruction: Instruction, text: str) -> bool:
     return opcodes - LAUNCHES_NOTHING <= {"copy", "transpose", "reshape"}
 
 
-def bundles_of(kernels: list[Instruction]) -> int | None:
-    """Instructions of the core in the kernels, each as often as its grid has steps. Takes the files away."""
-    written = list(pathlib.Path(dump().name).iterdir())
-    files = {re.sub(r"^\d+-|-\d+-final_hlo.*", "", x.name): x for x in written if "-final_hlo-static" in x.name}
-    total = 0
-    for kernel in kernels:
-        if kernel.name in files:
-            rows = files[kernel.name].read_text().partition("UTILIZATION:\n")[2].splitlines()
-            total += len(rows) * kernel.trips
-    for path in written:
-        path.unlink()
-    return total or None
-
-
 # --- Updates ------------------------------------------------------------------------------------------
 
 
 def updates(chip: str, layout: str, names: list[str]) -> Iterator[dict[str, Any]]:
     """One layout: a row per update."""
     sharding, shapes = one_device(chip), SHAPES[layout]()
+    *_, column, parameters = CHIPS[chip].compiler
     size = sum(math.prod(shape) for shape in shapes)
     seconds: dict[str, float] = {}
     compiled(
@@ -309,10 +267,10 @@ def updates(chip: str, layout: str, names: list[str]) -> Iterator[dict[str, Any]
             "state bytes per parameter": sum(held) / size,
             "temporary bytes per parameter": found.temporary / size,
             "not aliased": found.not_aliased,
-            "bundles per 1024": found.bundles and 1024 * found.bundles / size,
-            "ms, arithmetic": found.bundles and 1e3 * found.bundles / CHIPS[chip].hertz,
+            column: found.instructions and found.instructions * parameters / size,
+            "ms, arithmetic": found.instructions and 1e3 * found.instructions / CHIPS[chip].instructions_per_second,
             "ms, memory": 1e3 * found.moved / CHIPS[chip].bytes_per_second,
-            "program KB": found.program_bytes / 1024,
+            "program KB": found.program_bytes / 1024 or None,  # None for a GPU
             "compile seconds": seconds[name],
             "compile": seconds[name] / seconds[beside] if beside in seconds else None,
         }
@@ -320,8 +278,13 @@ def updates(chip: str, layout: str, names: list[str]) -> Iterator[dict[str, Any]
 
 def updates_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One layout on one chip."""
-    dropped = ("chip", "layout", "not aliased", "compile seconds")
-    return [{key: value for key, value in row.items() if key not in dropped} for row in rows]
+    return without_empty(rows, "chip", "layout", "not aliased", "compile seconds")
+
+
+def without_empty(rows: list[dict[str, Any]], *dropped: str) -> list[dict[str, Any]]:
+    """Rows without columns that are dropped, and without those that are None in all rows."""
+    kept = [key for key in rows[0] if key not in dropped and any(row[key] is not None for row in rows)]
+    return [{key: row[key] for key in kept} for row in rows]
 
 
 def tables(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -333,16 +296,26 @@ def tables(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, A
 
 # --- Whole training steps -----------------------------------------------------------------------------
 
+
+class Model(NamedTuple):
+    """A Transformer, and the optimizers with which it is compiled."""
+
+    build: Callable[[], Any]
+    trained: tuple[str, ...]
+
+
+TRAINED = ("ours, three bytes", "ours, four bytes", "optax.rmsprop, plain", "optax.adam")
+ALSO = ("ours, uint8 state, plain", "ours, bfloat16 state, plain")
 MODELS = {
-    "100 M": lambda: language(10_000, 128, 768, 12, 12, batch=1),
-    "1 B": lambda: language(32_000, 128, 2048, 16, 18, batch=1),
+    "100 M": Model(lambda: language(10_000, 128, 768, 12, 12, batch=1), TRAINED + ALSO),
+    "1 B": Model(lambda: language(32_000, 128, 2048, 16, 18, batch=1), TRAINED),
 }
-TRAINED = ("ours, three bytes", "ours, four bytes", "optax.rmsprop, plain", "ours, uint8 state, plain", "optax.adam")
+PEAKS = (("v5e", "100 M"), ("v5e", "1 B"), ("h100", "100 M"), ("a100", "100 M"))
 
 
 def peak(chip: str, name: str, trained: str) -> dict[str, Any]:
     """Bytes per parameter of a Transformer's training step. The forward pass is in the parameters' dtype."""
-    model, sharding = MODELS[name](), one_device(chip)
+    model, sharding = MODELS[name].build(), one_device(chip)
     tx, dtype, _ = updates_of_all()[trained]
     params = with_sharding(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.params), sharding)
     state = with_sharding(jax.eval_shape(tx.init, params), sharding)
@@ -362,14 +335,14 @@ def peak(chip: str, name: str, trained: str) -> dict[str, Any]:
         "parameters and state": held / size,
         "gradients and all else": beside / size,
         "peak": (held + beside) / size,
-        "program": memory.generated_code_size_in_bytes / size,
+        "program": memory.generated_code_size_in_bytes / size or None,  # None for a GPU
         "compile seconds": seconds,
     }
 
 
 # --- Meshes -------------------------------------------------------------------------------------------
 
-MESHES = {"v5e:4x4": (4, 4), "v5p:2x2x1": (2, 2), "v6e:2x2": (2, 2)}
+MESHES = {"v5e:4x4": (4, 4), "v5p:2x2x1": (2, 2), "v6e:2x2": (2, 2), "h100:1x1x8": (4, 2)}
 KERNELS = {"kernel1": (256, 512), "bias1": (512,), "kernel2": (512, 256), "bias2": (256,)}
 SPECS = {
     "data parallel": dict.fromkeys(KERNELS, P()),
@@ -454,8 +427,13 @@ def in_host_memory(chip: str, name: str) -> dict[str, Any]:
 
 # --- Reporting ----------------------------------------------------------------------------------------
 
-CASES = [*(("v5e", layout) for layout in SHAPES), *((chip, "16M") for chip in CHIPS if chip != "v5e")]
-# Of the first case every update is compiled, of the others those that say most. At 160 leaves each takes minutes.
+CASES = [
+    *(("v5e", layout) for layout in SHAPES),
+    *((chip, "16M") for chip in CHIPS if chip != "v5e"),
+    ("h100", "160 x 100k"),
+]
+COMPLETE = (("v5e", "16M"), ("h100", "16M"))
+# In the other cases those that say most. For a TPU, 160 leaves take minutes each.
 FEW = ("optax.rmsprop, plain", "ours, float32 state, plain", "ours, uint8 state, plain")
 FEW += ("ours, three bytes", "ours, four bytes", "optax.adam", "optax.adafactor")
 PARTS = ("updates", "meshes", "host", "peaks")
@@ -464,33 +442,40 @@ PARTS = ("updates", "meshes", "host", "peaks")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), metavar="CHIP")
+    here = [name for name, chip in CHIPS.items() if is_here(chip.compiler.package)]
+    parser.add_argument("--chips", nargs="+", choices=here, default=here, metavar="CHIP")
     parser.add_argument("--layouts", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="LAYOUT")
     parser.add_argument("--updates", metavar="PATTERN", default="", help="regular expression of names")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--json", metavar="FILE", help="where to write every number")
     arguments = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU that is there is left alone
-    report = Report(arguments.json, "jaxlib", "libtpu", "flax")
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, and a device that is there is left alone
+    for chip in arguments.chips:
+        devices(CHIPS[chip].topology)  # first of all, because compilers read their settings once
+    report = Report(arguments.json, "jaxlib", *sorted({chip.compiler.package for chip in CHIPS.values()}), "flax")
+
+    def chosen(chip: str, names: Iterable[str]) -> list[str]:
+        return [x for x in names if chip in arguments.chips and re.search(arguments.updates, x)]
 
     rows: list[dict[str, Any]] = []
     for chip, layout in CASES if "updates" in arguments.parts else ():
-        if chip in arguments.chips and layout in arguments.layouts:
-            names = [x for x in updates_of_all() if (chip, layout) == CASES[0] or x in FEW]
-            new = list(updates(chip, layout, [x for x in names if re.search(arguments.updates, x)]))
+        names = chosen(chip, updates_of_all() if (chip, layout) in COMPLETE else FEW)
+        if names and layout in arguments.layouts:
+            new = list(updates(chip, layout, names))
             rows += new
             print(f"{chip}, {layout}")
             report.add("updates", rows, updates_table(new))
-    chips = [chip for chip in arguments.chips if chip == "v5e"]
     if "meshes" in arguments.parts:
-        rows = [on_mesh(*x) for x in itertools.product(MESHES, SPECS, SHARDED)]
+        cases = [x for x in itertools.product(MESHES, SPECS, SHARDED) if chosen(x[0].partition(":")[0], x[2:])]
+        rows = [on_mesh(*x) for x in cases]
         report.add("meshes", rows, meshes_table(rows))
     if "host" in arguments.parts:
-        report.add("host", [in_host_memory(*x) for x in itertools.product(chips, OFFLOADED)])
+        report.add("host", [in_host_memory("v5e", name) for name in chosen("v5e", OFFLOADED)])
     peaks: list[dict[str, Any]] = []
-    for case in itertools.product(chips, arguments.models, TRAINED) if "peaks" in arguments.parts else ():
-        peaks.append(peak(*case))
-        report.add("peaks", peaks)
+    for chip, model in PEAKS if "peaks" in arguments.parts else ():
+        for name in chosen(chip, MODELS[model].trained if model in arguments.models else ()):
+            peaks.append(peak(chip, model, name))
+            report.add("peaks", peaks, without_empty(peaks))
 
 
 if __name__ == "__main__":
