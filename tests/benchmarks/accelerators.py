@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from compilers import CHIPS, devices, forget, instructions
+from compilers import CHIPS, devices, forget, instructions, Kernel
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from meshes import collectives
 from report import is_here, Report
@@ -222,7 +222,7 @@ def count(program: jax.stages.Compiled) -> Counts:
         collectives=sum(collectives(text).values()),
         program_bytes=memory.generated_code_size_in_bytes,
         arguments=in_order,
-        instructions=instructions({x.name: x.trips for x in kernels}),
+        instructions=instructions([Kernel(x.name, (*x.arrays, None, *x.operands), x.trips) for x in kernels]),
     )
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import numpy as np
@@ -63,21 +64,31 @@ def forget() -> None:
         path.unlink()
 
 
-def instructions(kernels: dict[str, int]) -> int | None:
-    """Instructions of the program that was compiled last. The kernels are given by name, with the steps of their grids."""
+class Kernel(NamedTuple):
+    """A kernel in a program."""
+
+    name: str
+    arrays: Hashable  # that it reads and writes
+    trips: int  # the steps of its grid
+
+
+def instructions(kernels: list[Kernel]) -> int | None:
+    """Instructions of the program that was compiled last."""
     return bundles(kernels) or thread_instructions()
 
 
 # --- TPUs ---------------------------------------------------------------------------------------------
 
 
-def bundles(kernels: dict[str, int]) -> int:
+def bundles(kernels: list[Kernel]) -> int:
     """Instructions of a TPU's core, each as often as its kernel's grid has steps."""
-    total = 0
+    counts = {}
     for file in files("*-final_hlo-static*"):
         name = re.sub(r"^\d+-|-\d+-final_hlo.*", "", file.name)
-        total += kernels.get(name, 0) * len(file.read_text().partition("UTILIZATION:\n")[2].splitlines())
-    return total
+        counts[name] = len(file.read_text().partition("UTILIZATION:\n")[2].splitlines())
+    # Of equal kernels one is written.
+    alike = {kernel.arrays: counts[kernel.name] for kernel in kernels if kernel.name in counts}
+    return sum(kernel.trips * counts.get(kernel.name, alike.get(kernel.arrays, 0)) for kernel in kernels)
 
 
 TPU = Compiler(
