@@ -38,7 +38,8 @@ from compilers import CHIPS, devices, forget, instructions, Kernel
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from meshes import collectives
 from report import is_here, Report
-from speed import language, LAYOUTS, RATE, Shapes, VARIANTS
+from speed import LAYOUTS, Model, model, RATE, Shapes, VARIANTS
+from training import Transformer
 
 from rmsprop_jax import rmsprop, round_params_stochastically
 
@@ -297,34 +298,46 @@ def tables(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, A
 # --- Whole training steps -----------------------------------------------------------------------------
 
 
-class Model(NamedTuple):
-    """A Transformer, and the optimizers with which it is compiled."""
+class Size(NamedTuple):
+    """Of a Transformer, and the optimizers with which it is compiled."""
 
-    build: Callable[[], Any]
+    shape: tuple[int, ...]  # vocabulary, length of a sequence, width, heads, layers
     trained: tuple[str, ...]
+
+
+def transformer(shape: tuple[int, ...]) -> Model:
+    """With one sequence in a batch, so that activations are small."""
+
+    def make(rngs):
+        network = Transformer(*shape, rngs)
+        # In their own dtype. By default the output is float32, and so is all that follows.
+        network.token.dtype = network.position.dtype = None
+        return network
+
+    return model(make, jax.ShapeDtypeStruct((1, shape[1]), "int32"), (1, shape[1]))
 
 
 TRAINED = ("ours, three bytes", "ours, four bytes", "optax.rmsprop, plain", "optax.adam")
 ALSO = ("ours, uint8 state, plain", "ours, bfloat16 state, plain")
 MODELS = {
-    "100 M": Model(lambda: language(10_000, 128, 768, 12, 12, batch=1), TRAINED + ALSO),
-    "1 B": Model(lambda: language(32_000, 128, 2048, 16, 18, batch=1), TRAINED),
+    "100 M": Size((10_000, 128, 768, 12, 12), TRAINED + ALSO),
+    "1 B": Size((32_000, 128, 2048, 16, 18), TRAINED),
 }
 PEAKS = (("v5e", "100 M"), ("v5e", "1 B"), ("h100", "100 M"), ("a100", "100 M"))
 
 
 def peak(chip: str, name: str, trained: str) -> dict[str, Any]:
-    """Bytes per parameter of a Transformer's training step. The forward pass is in the parameters' dtype."""
-    model, sharding = MODELS[name].build(), one_device(chip)
+    """Bytes per parameter of a Transformer's training step. Arithmetic is in the parameters' dtype."""
+    network, sharding = transformer(MODELS[name].shape), one_device(chip)
     tx, dtype, _ = updates_of_all()[trained]
-    params = with_sharding(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.params), sharding)
+    params = with_sharding(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), network.params), sharding)
     state = with_sharding(jax.eval_shape(tx.init, params), sharding)
 
     def step(params, state, batch):
-        loss, grads = jax.value_and_grad(model.loss)(params, batch)
+        loss, grads = jax.value_and_grad(network.loss)(params, batch)
         return *step_of(tx)(params, state, grads), loss
 
-    program, seconds = compiled(step, params, state, with_sharding(model.batch, sharding))
+    program, seconds = compiled(step, params, state, with_sharding(network.batch, sharding))
     memory, size = program.memory_analysis(), sum(x.size for x in jax.tree.leaves(params))
     held = memory.argument_size_in_bytes
     beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -472,9 +485,9 @@ def main() -> None:
     if "host" in arguments.parts:
         report.add("host", [in_host_memory("v5e", name) for name in chosen("v5e", OFFLOADED)])
     peaks: list[dict[str, Any]] = []
-    for chip, model in PEAKS if "peaks" in arguments.parts else ():
-        for name in chosen(chip, MODELS[model].trained if model in arguments.models else ()):
-            peaks.append(peak(chip, model, name))
+    for chip, size in PEAKS if "peaks" in arguments.parts else ():
+        for name in chosen(chip, MODELS[size].trained if size in arguments.models else ()):
+            peaks.append(peak(chip, size, name))
             report.add("peaks", peaks, without_empty(peaks))
 
 
