@@ -207,7 +207,7 @@ def count(program: jax.stages.Compiled) -> Counts:
     text = program.as_text()
     entry, memory = entry_of(text), program.memory_analysis()
     arguments = {x.text.partition(")")[0]: x.arrays for x in entry if x.opcode == "parameter"}
-    in_order = [sum(a.bytes for a in arguments[str(i)]) for i in range(len(arguments))]
+    in_order = [a.bytes for i in range(len(arguments)) for a in arguments[str(i)]]  # thousands come as one tuple
     launched = [x for x in entry if x.opcode not in LAUNCHES_NOTHING and not x.opcode.endswith("-done")]
     launched = [
         x for x in launched if any(a.elements > 1 for a in (*x.arrays, *x.operands)) and "ConcatBitcast" not in x.text
