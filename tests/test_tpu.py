@@ -1,8 +1,11 @@
 """Programs for a TPU, compiled without one. `.ci/run tpu` installs the compiler; conftest.py leaves this file out elsewhere."""
 
+import json
+import pathlib
+
 import jax
 import pytest
-from accelerators import compiled, count, on_mesh, one_device, step_of, updates_of_all, with_sharding
+from accelerators import compiled, count, on_mesh, one_device, step_of, updates, updates_of_all, with_sharding
 
 
 SHAPES = [(512, 1024), (3, 3, 64, 128), (5, 1000), (1000,), ()]
@@ -52,3 +55,17 @@ def test_instructions_are_counted():
     x = with_sharding(jax.ShapeDtypeStruct((4096, 4096), "float32"), one_device("v5e"))
     few, many = (count(compiled(lambda x, y, n=n: (x + y**n, y), x, x)[0]).instructions for n in (2, 30))
     assert 0 < few < many
+
+
+NAMES = ["ours, float32 state, plain", "ours, uint8 state, momentum", "ours, three bytes", "ours, four bytes"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arithmetic_is_no_more_than_the_page_says(name):
+    content = json.loads((pathlib.Path(__file__).parent / "benchmarks" / "results" / "accelerators.json").read_text())
+    (row,) = [x for x in content["updates"] if (x["chip"], x["layout"], x["update"]) == ("v5e", "16M", name)]
+    (new,) = updates("v5e", "16M", [name])
+    assert new["bundles per 1024"] <= 1.03 * row["bundles per 1024"]
+    assert new["moved / floor"] <= 1
+    assert new["kernels per leaf"] == 1
+    assert new["copies"] == new["temporary bytes per parameter"] == 0

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from compilers import CHIPS, devices, forget, instructions, Kernel
+from compilers import CHIPS, CUDA, devices, forget, instructions, Kernel
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from meshes import collectives
 from report import is_here, Report
@@ -50,7 +50,7 @@ from rmsprop_jax import rmsprop, round_params_stochastically
 class Update(NamedTuple):
     """An optimizer, the dtype of the parameters, and the row of Optax whose compile time is 1."""
 
-    tx: optax.GradientTransformation
+    tx: Any  # an optax.GradientTransformation, or one of flashoptim_jax
     dtype: str = "float32"
     beside: str = "optax.rmsprop, plain"
 
@@ -68,9 +68,17 @@ def updates_of_all() -> dict[str, Update]:
     rows["ours, three bytes"] = Update(optax.chain(one_byte, round_params_stochastically()), "bfloat16")
     rows["ours, four bytes"] = Update(optax.chain(one_byte, round_params_stochastically(keep_rest=True)), "bfloat16")
     rows["optax.adam"] = Update(optax.adam(RATE))
+    rows["optax.adam, mu_dtype=bfloat16"] = Update(optax.adam(RATE, mu_dtype="bfloat16"))
+    rows["optax.contrib.schedule_free_adamw"] = Update(optax.contrib.schedule_free_adamw(RATE))
     rows["optax.lion"] = Update(optax.lion(RATE))
     rows["optax.sm3"] = Update(optax.sm3(RATE))
     rows["optax.adafactor"] = Update(optax.adafactor(RATE))
+    if is_here("flashoptim_jax"):
+        from flashoptim_jax import flash_adamw, flash_lion
+
+        fused = is_here(CUDA.package)  # its kernels are for GPUs alone
+        rows["flashoptim_jax.flash_adamw"] = Update(flash_adamw(RATE, fused=fused), "bfloat16")
+        rows["flashoptim_jax.flash_lion"] = Update(flash_lion(RATE, fused=fused), "bfloat16")
     return rows
 
 
@@ -94,7 +102,10 @@ def with_sharding(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def step_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
+def step_of(tx: Any) -> Callable[..., Any]:
+    if hasattr(tx, "step"):
+        return tx.step  # flashoptim_jax
+
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -409,7 +420,8 @@ def meshes_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # --- The state in the host's memory -------------------------------------------------------------------
 
-OFFLOADED = ("optax.rmsprop, momentum", "ours, float32 state, momentum", "ours, uint8 state, momentum")
+OFFLOADED = ("optax.rmsprop, plain", "ours, float32 state, plain", "optax.rmsprop, momentum")
+OFFLOADED += ("ours, float32 state, momentum", "ours, uint8 state, momentum")
 
 
 def in_host_memory(chip: str, name: str) -> dict[str, Any]:
@@ -465,7 +477,9 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and a device that is there is left alone
     for chip in arguments.chips:
         devices(CHIPS[chip].topology)  # first of all, because compilers read their settings once
-    report = Report(arguments.json, "jaxlib", *sorted({chip.compiler.package for chip in CHIPS.values()}), "flax")
+    report = Report(
+        arguments.json, "jaxlib", *sorted({chip.compiler.package for chip in CHIPS.values()}), "flax", "flashoptim_jax"
+    )
 
     def chosen(chip: str, names: Iterable[str]) -> list[str]:
         return [x for x in names if chip in arguments.chips and re.search(arguments.updates, x)]
