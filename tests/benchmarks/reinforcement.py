@@ -1,17 +1,22 @@
-"""python tests/benchmarks/reinforcement.py: the same agent with the same numbers, and only RMSProp's dialect differs.
+"""python tests/benchmarks/reinforcement.py: the same agent, and only RMSProp's dialect differs.
 
-A2C, IMPALA's numbers and DQN on gymnax' CartPole and MinAtar Breakout. All seeds of a dialect are one vmapped program, so
-that a row takes a minute or less on two cores. Returns are means over the last tenth of training, with a 95 % bootstrap
-interval over the seeds; "curve" is the mean over the whole training. p is a permutation test against the first row of a
-setting, with Holm's correction for the rows of that setting.
+* `dialects`: everything else is the same, the learning rate too. A2C, IMPALA's numbers and DQN on gymnax' CartPole and
+  MinAtar Breakout. "curve" is the mean return over the whole training. p is a permutation test against the first row of a
+  setting, with Holm's correction for the rows of that setting.
+* `tuned`: each dialect has the best of its own rates, chosen with eight seeds from a grid with a factor of √10 between them. Sixteen
+  other seeds report on it.
 
-Needs `pip install -e ".[notebooks]"`. Prints Markdown; `--json FILE` keeps every seed and its curve; `--only` picks
-settings, `--seeds` bounds their number.
+Returns are means over the last tenth of training, with a 95 % bootstrap interval over the seeds. All seeds of a row are one
+vmapped program, which takes a minute or less.
+
+Needs `pip install -e ".[notebooks]"`. Prints Markdown; `--json FILE` keeps every seed and its curve, and `tuned` goes on with
+what the file has. `--only` picks settings, `--seeds` bounds the number of seeds, `--minutes` the time of `tuned`.
 """
 
 import argparse
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gymnax
@@ -21,6 +26,7 @@ import numpy as np
 import optax
 from report import Report
 from rich.progress import track
+from tuning import cheapest, grid, groups, Measurements, search, TimeIsUp, width
 
 from rmsprop_jax import dialects, rmsprop, round_params_stochastically
 
@@ -307,19 +313,12 @@ def curve(total: jax.Array, finished: jax.Array) -> jax.Array:
     return total / finished
 
 
-def train(setting: Setting, dialect: Dialect, seeds: int) -> np.ndarray:
-    """Learning curves of shape (seeds, POINTS)."""
+def trainer(setting: Setting, dialect: Dialect) -> Callable[[Sequence[int], float], np.ndarray]:
+    """A function from seeds and a learning rate to learning curves of shape (seeds, POINTS). Compiled once."""
     updates = setting.frames // (setting.envs * setting.steps)
-    schedule = (
-        optax.constant_schedule(setting.rate)
-        if setting.constant_rate
-        else optax.linear_schedule(setting.rate, 0.0, updates)
-    )
-    tx = dialect.make(schedule)
-    if setting.agent == "actor-critic":
-        tx = optax.chain(optax.clip_by_global_norm(setting.clip), tx)
     env, env_params = gymnax.make(setting.environment)
     inputs = int(np.prod(env.observation_space(env_params).shape))
+    agent = {"actor-critic": actor_critic, "dqn": dqn}[setting.agent]
 
     def start(seed):
         rng = np.random.default_rng(seed)
@@ -330,10 +329,25 @@ def train(setting: Setting, dialect: Dialect, seeds: int) -> np.ndarray:
             "value": mlp(rng, inputs, setting.width, 1, 1.0),
         }
 
-    params = jax.tree.map(lambda *x: jnp.asarray(np.stack(x), dialect.params), *map(start, range(seeds)))
-    run = {"actor-critic": actor_critic, "dqn": dqn}[setting.agent](setting, tx)
-    curves = jax.jit(jax.vmap(run))(params, jax.random.split(jax.random.key(0), seeds))
-    return np.asarray(curves, float)
+    @jax.jit
+    def run(params, keys, rate):
+        schedule = optax.constant_schedule(rate) if setting.constant_rate else optax.linear_schedule(rate, 0.0, updates)
+        tx = dialect.make(schedule)
+        if setting.agent == "actor-critic":
+            tx = optax.chain(optax.clip_by_global_norm(setting.clip), tx)
+        return jax.vmap(agent(setting, tx))(params, keys)
+
+    def curves(seeds, rate):
+        params = jax.tree.map(lambda *x: jnp.asarray(np.stack(x), dialect.params), *map(start, seeds))
+        keys = jax.random.split(jax.random.key(0), max(seeds) + 1)[np.array(seeds)]
+        return np.asarray(run(params, keys, jnp.float32(rate)), float)
+
+    return curves
+
+
+def kept(curves: np.ndarray) -> list[list[float | None]]:
+    """As JSON has it, where there is no NaN."""
+    return [[None if np.isnan(x) else round(x, 3) for x in series] for series in curves.tolist()]
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
@@ -369,42 +383,146 @@ def last_tenth(curves: np.ndarray) -> np.ndarray:
     return np.nanmean(curves[:, -POINTS // 10 :], 1)
 
 
+def decimals(setting: str) -> int:
+    return 0 if "CartPole" in setting else 2
+
+
+def interval(values: np.ndarray, digits: int, sign: str = "") -> str:
+    low, high = bootstrap(values)
+    return f"{values.mean():{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
-    for name in dict.fromkeys(row["setting"] for row in rows):
-        mine = [row for row in rows if row["setting"] == name]
-        ends = [last_tenth(np.array(row["curves"], float)) for row in mine]
+    for (name,), mine in groups(rows, ["setting"]):
+        ends = [ends_of(row) for row in mine]
         ps = holm([permutation(ends[0], x) for x in ends[1:]])
         for row, end, p in zip(mine, ends, [None, *ps], strict=True):
-            low, high = bootstrap(end)
-            digits = 0 if "CartPole" in name else 2
             result.append(
                 {
                     "setting": name,
                     "dialect": row["dialect"],
                     "seeds": len(end),
-                    "return": f"{end.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]",
-                    "curve": f"{np.nanmean(np.array(row['curves'], float)):.{digits}f}",
+                    "return": interval(end, decimals(name)),
+                    "curve": f"{np.nanmean(np.array(row['curves'], float)):.{decimals(name)}f}",
                     "p": "" if p is None else f"{p:.2g}",
                 }
             )
     return result
 
 
+def ends_of(row: dict[str, Any]) -> np.ndarray:
+    return last_tenth(np.array(row["curves"], float))
+
+
+def means_of(row: dict[str, Any]) -> np.ndarray:
+    """Over the whole training."""
+    return np.nanmean(np.array(row["curves"], float), 1)
+
+
+# --- Tuned ------------------------------------------------------------------------------------------------------------
+
+GRID_SEEDS, FRESH_SEEDS = range(8), range(8, 24)
+
+
+def tuned_settings() -> dict[str, Setting]:
+    """A2C on CartPole and three of MinAtar's games, and IMPALA's numbers. The rate of a setting is the center of its grid."""
+
+    def root(eps: float) -> dict[str, Dialect]:
+        return a2c(eps) | {"pytorch, √ε": Dialect(lambda rate: dialects.pytorch(rate, alpha=0.99, eps=eps**0.5))}
+
+    breakout = SETTINGS["A2C, Breakout"]._replace(frames=200_000, rate=2e-3, dialects=root(1e-5))
+    return {
+        "A2C, CartPole": SETTINGS["A2C, CartPole"]._replace(rate=2e-3, dialects=root(1e-5)),
+        "A2C, Breakout": breakout,
+        "A2C, Asterix": breakout._replace(environment="Asterix-MinAtar"),
+        "A2C, Space Invaders": breakout._replace(environment="SpaceInvaders-MinAtar"),
+        "IMPALA's numbers, Breakout": SETTINGS["IMPALA's numbers, Breakout"]._replace(
+            frames=200_000, rate=2e-3, dialects=root(0.01)
+        ),
+    }
+
+
+def tune(measurements: Measurements, name: str, setting: Setting, dialect: str, seeds: int | None = None) -> None:
+    """Searches the rate with some seeds, and measures the best with others."""
+    run = functools.cache(lambda: trainer(setting, setting.dialects[dialect]))
+
+    def ends(rate: float, group: str, some: range) -> float:
+        row = {"setting": name, "dialect": dialect, "rate": rate, "seeds": group}
+        some = some[:seeds]
+        return float(np.nanmean(ends_of(measurements.get(row, lambda: {"curves": kept(run()(some, rate))}))))
+
+    costs = search(grid(setting.rate), lambda rate: -ends(rate, "grid", GRID_SEEDS))
+    ends(cheapest(costs), "fresh", FRESH_SEEDS)
+
+
+def returns(rows: list[dict[str, Any]], setting: str, dialect: str) -> dict[float, float]:
+    """The mean return at each rate of the grid."""
+    some = [r for r in rows if (r["setting"], r["dialect"], r["seeds"]) == (setting, dialect, "grid")]
+    return {row["rate"]: float(np.nanmean(ends_of(row))) for row in some}
+
+
+def tuned_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Dialects that are tuned; the difference is that from the first of its setting."""
+    result = []
+    for (name,), fresh in groups([row for row in rows if row["seeds"] == "fresh"], ["setting"]):
+        digits = decimals(name)
+        first, whole = ends_of(fresh[0]), means_of(fresh[0])
+        for row in fresh:
+            found, end = returns(rows, name, row["dialect"]), ends_of(row)
+            result.append(
+                {
+                    "setting": name,
+                    "dialect": row["dialect"],
+                    "best rate": row["rate"],
+                    "return": interval(end, digits),
+                    "minus the first's": "" if row is fresh[0] else difference(end, first, digits),
+                    "curve": interval(means_of(row), digits),
+                    "curve minus the first's": "" if row is fresh[0] else difference(means_of(row), whole, digits),
+                    "rates within 10 %": f"x {width({rate: -x for rate, x in found.items()})}",
+                    "return at the first's best rate": f"{found.get(fresh[0]['rate'], np.nan):.{digits}f}",
+                }
+            )
+    return result
+
+
+def difference(a: np.ndarray, b: np.ndarray, digits: int, draws: int = 10_000) -> str:
+    """The difference of two means, with a 95 % bootstrap interval."""
+    rng = np.random.default_rng(0)
+    means = [rng.choice(x, (draws, len(x))).mean(1) for x in (a, b)]
+    low, high = np.quantile(means[0] - means[1], (0.025, 0.975))
+    return f"{a.mean() - b.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+# --- Reporting --------------------------------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
+    parser.add_argument("what", nargs="?", choices=["dialects", "tuned"], default="dialects")
+    parser.add_argument("--only", nargs="+", metavar="SETTING", help="default: all")
     parser.add_argument("--seeds", type=int, help="at most so many (default: those of the setting)")
+    parser.add_argument("--minutes", type=float, help="begin no run of `tuned` after so many (default: no limit)")
     parser.add_argument("--json", metavar="FILE", help="where to write every curve")
     arguments = parser.parse_args()
+    settings = SETTINGS if arguments.what == "dialects" else tuned_settings()
+    if unknown := set(arguments.only or ()) - set(settings):
+        parser.error(f"--only {', '.join(map(repr, unknown))}: allowed are {', '.join(map(repr, settings))}")
+    jobs = [(name, dialect) for name in arguments.only or settings for dialect in settings[name].dialects]
     report = Report(arguments.json, "gymnax")
+    if arguments.what == "tuned":
+        measurements = Measurements(report, "tuned", ("setting", "dialect", "rate", "seeds"), arguments.minutes)
+        with contextlib.suppress(TimeIsUp):
+            for name, dialect in track(jobs, "tuning"):
+                tune(measurements, name, settings[name], dialect, arguments.seeds)
+        report.show(tuned_table(measurements.rows()))
+        return
     rows = []
-    jobs = [(name, dialect) for name in arguments.only for dialect in SETTINGS[name].dialects]
     for name, dialect in track(jobs, "training"):
-        setting = SETTINGS[name]
-        curves = train(setting, setting.dialects[dialect], min(setting.seeds, arguments.seeds or setting.seeds))
-        kept = [[None if np.isnan(x) else round(x, 3) for x in series] for series in curves.tolist()]
-        rows.append({"setting": name, "dialect": dialect, "curves": kept})
+        setting = settings[name]
+        seeds = range(setting.seeds)[: arguments.seeds]
+        curves = trainer(setting, setting.dialects[dialect])(seeds, setting.rate)
+        rows.append({"setting": name, "dialect": dialect, "curves": kept(curves)})
         report.add("reinforcement", rows, [])
     report.add("table", table(rows))
 

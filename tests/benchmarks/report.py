@@ -1,6 +1,7 @@
 """What the benchmarks share: the machine they ran on, Markdown tables, and JSON that is written at once."""
 
 import datetime
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -39,7 +40,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 class Report:
-    """Prints tables and writes every number to a file. What is measured stays, whatever comes after."""
+    """Prints tables and writes every number to a file. What is measured stays, whatever comes after.
+
+    `add` writes a whole table, in the place of what the file had. `rows` and `append` go on with a table that the file has, also
+    while another process does.
+    """
 
     def __init__(self, file: str | None, *packages: str):
         self.content: dict[str, Any] = {"machine": machine(*packages)}
@@ -49,8 +54,33 @@ class Report:
     def add(self, name: str, rows: list[dict[str, Any]], *tables: list[dict[str, Any]]) -> None:
         """Keeps `rows`, and prints `tables`, by default the rows."""
         self.content[name] = rows
-        for table in tables or (rows,):
-            if table:
-                print(markdown(table) + "\n", flush=True)
+        self.show(*(tables or (rows,)))
         if self.file:
             pathlib.Path(self.file).write_text(json.dumps(self.content, indent=1))
+
+    def show(self, *tables: list[dict[str, Any]]) -> None:
+        for table in filter(None, tables):
+            print(markdown(table) + "\n", flush=True)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Those of the file, or without one those of this process."""
+        path = pathlib.Path(self.file) if self.file else None
+        content = json.loads(path.read_text()) if path and path.exists() else self.content
+        return content.get(name, [])
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        if not self.file:
+            self.content.setdefault(name, []).append(row)
+            return
+        path = pathlib.Path(self.file).absolute()
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            content = json.loads(path.read_text()) if path.exists() else {}
+            content["machine"] = self.content["machine"]
+            content.setdefault(name, []).append(row)
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(content, indent=1))
+            new.replace(path)
+        finally:
+            os.close(folder)

