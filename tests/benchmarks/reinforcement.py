@@ -9,8 +9,8 @@
 Returns are means over the last tenth of training, with a 95 % bootstrap interval over the seeds. All seeds of a row are one
 vmapped program, which takes a minute or less.
 
-Needs `pip install -e ".[notebooks]"`. Prints Markdown; `--json FILE` keeps every seed and its curve, and `tuned` goes on with
-what the file has. `--only` picks settings, `--seeds` bounds the number of seeds, `--minutes` the time of `tuned`.
+Needs `pip install -e ".[notebooks]"`. Prints Markdown; `--json FILE` keeps every seed and its curve, and a run goes on with
+what the file has. `--only` picks settings, `--seeds` bounds the number of seeds, `--minutes` the time.
 """
 
 import argparse
@@ -61,15 +61,19 @@ class Setting(NamedTuple):
 
 
 def fewer_bytes(eps: float) -> dict[str, Dialect]:
-    """PyTorch's dialect with ν in one byte, and the same with bfloat16 parameters."""
+    """PyTorch's dialect with ν in one byte, and the same with bfloat16 parameters, without and with their rest."""
 
     def narrow(rate):
         return dialects.pytorch(rate, alpha=0.99, eps=eps, state_dtype=jnp.uint8)
 
-    def three(rate):
-        return optax.chain(narrow(rate), round_params_stochastically())
+    def rounded(rate, keep_rest):
+        return optax.chain(narrow(rate), round_params_stochastically(keep_rest))
 
-    return {"pytorch, uint8": Dialect(narrow), "pytorch, 3 bytes": Dialect(three, jnp.bfloat16)}
+    return {
+        "pytorch, uint8": Dialect(narrow),
+        "pytorch, 4 bytes": Dialect(functools.partial(rounded, keep_rest=True), jnp.bfloat16),
+        "pytorch, 3 bytes": Dialect(functools.partial(rounded, keep_rest=False), jnp.bfloat16),
+    }
 
 
 def a2c(eps: float) -> dict[str, Dialect]:
@@ -420,6 +424,13 @@ def means_of(row: dict[str, Any]) -> np.ndarray:
     return np.nanmean(np.array(row["curves"], float), 1)
 
 
+def compare(measurements: Measurements, name: str, setting: Setting, dialect: str, seeds: int | None = None) -> None:
+    """Measures one dialect at the rate of the setting."""
+    some = range(setting.seeds)[:seeds]
+    run = trainer(setting, setting.dialects[dialect])
+    measurements.get({"setting": name, "dialect": dialect}, lambda: {"curves": kept(run(some, setting.rate))})
+
+
 # --- Tuned ------------------------------------------------------------------------------------------------------------
 
 GRID_SEEDS, FRESH_SEEDS = range(8), range(8, 24)
@@ -502,7 +513,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["dialects", "tuned"], default="dialects")
     parser.add_argument("--only", nargs="+", metavar="SETTING", help="default: all")
     parser.add_argument("--seeds", type=int, help="at most so many (default: those of the setting)")
-    parser.add_argument("--minutes", type=float, help="begin no run of `tuned` after so many (default: no limit)")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many (default: no limit)")
     parser.add_argument("--json", metavar="FILE", help="where to write every curve")
     arguments = parser.parse_args()
     settings = SETTINGS if arguments.what == "dialects" else tuned_settings()
@@ -510,21 +521,14 @@ def main() -> None:
         parser.error(f"--only {', '.join(map(repr, unknown))}: allowed are {', '.join(map(repr, settings))}")
     jobs = [(name, dialect) for name in arguments.only or settings for dialect in settings[name].dialects]
     report = Report(arguments.json, "gymnax")
-    if arguments.what == "tuned":
-        measurements = Measurements(report, "tuned", ("setting", "dialect", "rate", "seeds"), arguments.minutes)
-        with contextlib.suppress(TimeIsUp):
-            for name, dialect in track(jobs, "tuning"):
-                tune(measurements, name, settings[name], dialect, arguments.seeds)
-        report.show(tuned_table(measurements.rows()))
-        return
-    rows = []
-    for name, dialect in track(jobs, "training"):
-        setting = settings[name]
-        seeds = range(setting.seeds)[: arguments.seeds]
-        curves = trainer(setting, setting.dialects[dialect])(seeds, setting.rate)
-        rows.append({"setting": name, "dialect": dialect, "curves": kept(curves)})
-        report.add("reinforcement", rows, [])
-    report.add("table", table(rows))
+    name = "tuned" if arguments.what == "tuned" else "reinforcement"
+    keys = ("setting", "dialect", "rate", "seeds") if name == "tuned" else ("setting", "dialect")
+    measurements = Measurements(report, name, keys, arguments.minutes)
+    run = tune if name == "tuned" else compare
+    with contextlib.suppress(TimeIsUp):
+        for setting, dialect in track(jobs, name):
+            run(measurements, setting, settings[setting], dialect, arguments.seeds)
+    report.show((tuned_table if name == "tuned" else table)(measurements.rows()))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,15 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(short(x) for x in row.values()) + " |" for row in rows)])
 
 
+def to_json(content: dict[str, Any]) -> str:
+    """A line for each row."""
+    parts = []
+    for name, value in content.items():
+        rows = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if isinstance(value, list) else json.dumps(value)
+        parts.append(f"{json.dumps(name)}: {rows}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 class Report:
     """Prints tables and writes every number to a file. What is measured stays, whatever comes after.
 
@@ -56,7 +65,7 @@ class Report:
         self.content[name] = rows
         self.show(*(tables or (rows,)))
         if self.file:
-            pathlib.Path(self.file).write_text(json.dumps(self.content, indent=1))
+            pathlib.Path(self.file).write_text(to_json(self.content))
 
     def show(self, *tables: list[dict[str, Any]]) -> None:
         for table in filter(None, tables):
@@ -80,7 +89,7 @@ class Report:
             content["machine"] = self.content["machine"]
             content.setdefault(name, []).append(row)
             new = path.with_suffix(".new")
-            new.write_text(json.dumps(content, indent=1))
+            new.write_text(to_json(content))
             new.replace(path)
         finally:
             os.close(folder)
