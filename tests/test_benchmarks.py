@@ -16,7 +16,9 @@ import reinforcement
 import report
 import signed_code
 import speed
+import tasks
 import training
+import tuning
 import watching
 
 
@@ -48,7 +50,11 @@ TABLES = {
     "accelerators": compiled_tables,
     "gpus": compiled_tables,
     "training": lambda c: [training.evidence_table(c["evidence"])],
-    "reinforcement": lambda c: [c["table"]],
+    "weights": lambda c: [training.weights_table(c["weights"])],
+    "peers": lambda c: [training.peers_table(c["peers"])],
+    "batches": lambda c: [training.peers_table(c["batches"])],
+    "reinforcement": lambda c: [reinforcement.table(c["reinforcement"])],
+    "tuned": lambda c: [reinforcement.tuned_table(c["tuned"])],
     "signed_code": lambda c: [signed_code.table(c["signed code"])],
     "watching": lambda c: [watching.table(c["watching"])],
 }
@@ -76,11 +82,6 @@ def test_the_readme_quotes_the_peaks():
     for held, *peaks in rows:
         expected = [measured[int(held)].get(name, "") for name in ("accelerators", "gpus", "cpu")]
         assert [peak.strip() for peak in peaks] == expected
-
-
-def test_the_table_of_agents_is_that_of_their_curves():
-    content = json.loads((pathlib.Path(__file__).parent / "benchmarks" / "results" / "reinforcement.json").read_text())
-    assert reinforcement.table(content["reinforcement"]) == content["table"]
 
 
 PARTS = ("updates", "outside jit", "sweep")
@@ -186,7 +187,7 @@ def test_memory_is_that_of_parameters_and_state(users_climate, monkeypatch):
 
 
 def test_the_grid_compares_equal_starts_and_batches(users_climate, monkeypatch):
-    problem = training.digits()._replace(steps=2)
+    problem = tasks.digits()._replace(steps=2)
     monkeypatch.setattr(training, "GRID", {"convnet": lambda: problem})
     monkeypatch.setattr(training, "DECAYS", (0.9,))
     monkeypatch.setattr(training, "SCALES", (1.0, 2.0**20))
@@ -203,31 +204,166 @@ def test_the_grid_compares_equal_starts_and_batches(users_climate, monkeypatch):
     assert line["float32"].startswith(f"{losses['float32', 1.0]:.4f}")
 
 
+def regression(steps):
+    """A task that compiles in no time: a matrix of 32 x 32 from noisy products."""
+    truth = jax.random.normal(jax.random.key(2), (32, 32))
+
+    def batch(key):
+        return jax.random.normal(key, (16, 32))
+
+    def loss(params, batch):
+        error = ((batch @ (params["w"] - truth)) ** 2).mean()
+        return error, 1 / (1 + error)
+
+    def init(key):
+        return {"w": 0.1 * jax.random.normal(key, (32, 32))}
+
+    return tasks.Problem(init, batch, loss, batch(jax.random.key(3))[None], steps, learning_rate=1e-3)
+
+
+def measurements(what, keys=None, file=None, minutes=None):
+    return tuning.Measurements(report.Report(file), what, keys or training.STUDIES[what][0], minutes)
+
+
 def test_the_evidence_counts_bytes_and_pairs_seeds(users_climate, monkeypatch):
-    monkeypatch.setattr(training, "EVIDENCE", {"digits": lambda: training.digits()._replace(steps=20)})
+    monkeypatch.setattr(training, "EVIDENCE", {"regression": (lambda: regression(20), (1e-3,))})
     monkeypatch.setattr(training, "SEEDS", range(2))
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
-    rows = list(training.evidence(["digits"], None))
-    table = training.evidence_table(rows)
-    assert [round(line["bytes per parameter"]) for line in table] == [12, 8, 8, 6, 5, 6, 4, 3, 6, 4, 3]
+    kept = measurements("evidence")
+    training.evidence(kept, ["regression"])
+    table = training.evidence_table(kept.rows())
+    assert [round(line["bytes per parameter"]) for line in table] == [12, 8, 8, 6, 5, 6, 4, 3, 6, 4, 3, 7, 5, 4]
     ours = next(line for line in table if line["optimizer"] == "rmsprop")
     assert ours["loss minus float32's"] == "+0.0000 ± 0.0000"
-    assert all(len(row["curve"]) == 20 for row in rows)
+    assert all(len(row["curve"]) == 20 for row in kept.rows())
+
+
+def test_four_bytes_end_nearer_to_float32_than_three(users_climate, monkeypatch):
+    monkeypatch.setattr(training, "SMALL_RATES", (1e-5,))
+    monkeypatch.setattr(training, "SEEDS", range(1))
+    kept = measurements("weights")
+    training.weights(kept, regression(50))
+    rows = {(row["parameters"], row["state"]): row for row in kept.rows()}
+    assert rows["float32", "float32"]["distance"] == 0
+    four, three = (rows[params, "uint8"] for params in (training.REST, training.STOCHASTIC))
+    assert four["distance"] < three["distance"] / 2
+    assert [round(row["bytes per parameter"]) for row in rows.values()] == [8, 5, 3, 3, 7, 4]
+    assert training.weights_table(kept.rows())[0]["network"] == "+0.0000"
+
+
+def test_other_seeds_report_on_the_best_rate(users_climate, monkeypatch, tmp_path):
+    file = str(tmp_path / "peers.json")
+    monkeypatch.setattr(training, "PEERS", {"regression": lambda: regression(20)})
+    everyone = [x for x in training.peers() if x.name in ("Muon", "schedule-free RMSProp", "RMSProp, three bytes")]
+    monkeypatch.setattr(training, "peers", lambda: everyone)
+    training.study("peers", ["regression"], measurements("peers", file=file))
+    rows = json.loads(pathlib.Path(file).read_text())["peers"]
+    for line in training.peers_table(rows):
+        mine = [row for row in rows if row["optimizer"] == line["optimizer"]]
+        chosen = min((row for row in mine if row["seed"] == 0), key=lambda row: row["loss"])
+        assert line["best rate"] == chosen["learning rate"]
+        fresh = [row["loss"] for row in mine if row["seed"] > 0]
+        assert len(fresh) == 3
+        assert line["loss"] == training.spread(fresh)
+    # A second run has nothing left to do.
+    training.study("peers", ["regression"], measurements("peers", file=file, minutes=0))
+    assert json.loads(pathlib.Path(file).read_text())["peers"] == rows
+
+
+def test_every_peer_trains(users_climate):
+    problem = regression(200)
+    for peer in [*training.peers(), *training.batch_peers(4), *training.batch_peers(64)]:
+        curve = training.measured(problem, peer.candidate)(0, peer.rate)["curve"]
+        assert curve[-1] < curve[0], peer.name
+
+
+def test_a_batch_touches_one_row_in_a_hundred(users_climate):
+    text = " ".join(f"{chr(97 + i // 26 % 26)}{chr(97 + i % 26)}{chr(97 + i // 676)}" for i in range(10_000))
+    problem = tasks.rare_words(text, held_out=500, answers=50)
+    rows = problem.init(jax.random.key(0))["embed"]["embedding"].get_value().shape[0]
+    assert rows == 10_000
+    assert problem.test.shape == (10, 10, 5)
+    assert 200 < len(np.unique(problem.batch(jax.random.key(1)))) < 321
+
+
+def test_a_rate_is_searched_beyond_the_ends_of_the_grid():
+    tried = []
+
+    def cost(rate):
+        tried.append(rate)
+        return (np.log10(rate) + 4.6) ** 2  # best at 2.5e-5
+
+    costs = tuning.search(tuning.grid(1e-2), cost)
+    assert tried == [1e-3, 3.2e-3, 1e-2, 3.2e-2, 1e-1, 3.2e-4, 1e-4, 3.2e-5]
+    assert tuning.cheapest(costs) == 3.2e-5
+    assert tuning.cheapest({1.0: np.nan, 2.0: 5.0}) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ({1e-4: 2.0, 1e-3: 1.0, 1e-2: 2.0}, "1.6"),  # a tenth of each decade
+        ({1e-4: 1.0, 1e-3: 1.0, 1e-2: 2.0}, "≥ 13"),
+        ({1e-4: 2.0, 1e-3: 1.0, 1e-2: np.nan}, "1.3"),
+        ({1e-4: -90.0, 1e-3: -100.0, 1e-2: -80.0}, "≥ 32"),  # returns: half of a decade, and a whole one
+    ],
+)
+def test_the_width_is_that_of_the_range_within_a_tenth(costs, expected):
+    assert str(tuning.width(costs)) == expected
+
+
+def test_measurements_go_on_with_what_the_file_has(tmp_path):
+    file = str(tmp_path / "kept.json")
+    first, second = (measurements("table", ("name",), file) for _ in range(2))
+    assert first.get({"name": "a"}, lambda: {"value": 1}) == {"name": "a", "value": 1}
+    assert second.get({"name": "a"}, lambda: pytest.fail("measured again"))["value"] == 1
+    second.get({"name": "b"}, lambda: {"value": 2})
+    assert [row["name"] for row in first.rows()] == ["a", "b"]
+    late = measurements("table", ("name",), file, minutes=0)
+    assert late.get({"name": "b"}, lambda: pytest.fail("measured again"))["value"] == 2
+    with pytest.raises(tuning.TimeIsUp):
+        late.get({"name": "c"}, lambda: {})
 
 
 def test_agents_learn_and_their_statistics_are_right(users_climate):
     setting = reinforcement.SETTINGS["A2C, CartPole"]._replace(frames=40_000)
-    curves = reinforcement.train(setting, setting.dialects["pytorch"], 2)
+    run = reinforcement.trainer(setting, setting.dialects["pytorch"])
+    curves = run(range(2), setting.rate)
     assert curves.shape == (2, reinforcement.POINTS)
     assert np.nanmean(curves[:, :5]) < 30 < reinforcement.last_tenth(curves).mean()
+    np.testing.assert_array_equal(run([1], setting.rate)[0], curves[1])  # a seed is the same in any company
+    assert np.nanmean(run(range(2), 0.0)) < 30
     setting = reinforcement.SETTINGS["DQN, CartPole"]._replace(frames=2000)
-    assert np.isfinite(reinforcement.train(setting, setting.dialects["dqn"], 2)).any()
+    assert np.isfinite(reinforcement.trainer(setting, setting.dialects["dqn"])(range(2), setting.rate)).any()
     low, high = reinforcement.bootstrap(np.arange(100.0))
     assert low == pytest.approx(49.5 - 1.96 * 2.887, abs=0.3)
     assert high == pytest.approx(49.5 + 1.96 * 2.887, abs=0.3)
     # Of 20 ways to part six values into threes, two are as far apart as these.
     assert reinforcement.permutation(np.array([1.0, 2, 3]), np.array([4.0, 5, 6])) == pytest.approx(0.1, abs=0.01)
     assert reinforcement.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_other_seeds_report_on_the_best_rate_of_a_dialect(users_climate, monkeypatch):
+    setting = reinforcement.tuned_settings()["A2C, CartPole"]._replace(frames=16_000)
+    monkeypatch.setattr(reinforcement, "GRID_SEEDS", range(2))
+    monkeypatch.setattr(reinforcement, "FRESH_SEEDS", range(2, 4))
+    kept = measurements("tuned", ("setting", "dialect", "rate", "seeds"))
+    for dialect in ("tensorflow1", "pytorch"):
+        reinforcement.tune(kept, "A2C, CartPole", setting, dialect)
+    for line in reinforcement.tuned_table(kept.rows()):
+        found = reinforcement.returns(kept.rows(), "A2C, CartPole", line["dialect"])
+        assert len(found) >= 5
+        assert line["best rate"] == max(found, key=lambda rate: found[rate])
+        (fresh,) = [r for r in kept.rows() if (r["dialect"], r["seeds"]) == (line["dialect"], "fresh")]
+        assert len(fresh["curves"]) == 2
+        assert line["return"].startswith(f"{reinforcement.ends_of(fresh).mean():.0f} [")
+
+
+def test_the_interval_of_a_difference():
+    a, b = np.arange(100.0), np.arange(100.0) + 10
+    low, high = (float(x) for x in reinforcement.difference(b, a, 1).partition("[")[2][:-1].split(", "))
+    assert low == pytest.approx(10 - 1.96 * 2.887 * 2**0.5, abs=0.4)
+    assert high == pytest.approx(10 + 1.96 * 2.887 * 2**0.5, abs=0.4)
 
 
 def test_the_other_signed_code_is_right_in_the_mean():

@@ -10,13 +10,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from training import gaps
+from reinforcement import bootstrap, ends_of, returns
+from training import gaps, tuned
 
 
 HERE = pathlib.Path(__file__).parent
 NOTEBOOKS = HERE.parents[1] / "notebooks"
 FIGURES = NOTEBOOKS / "figures"
-BLUE, GREEN, RED, GRAY = "#0072B2", "#009E73", "#D55E00", "#888888"
+BLUE, GREEN, RED, ORANGE, GRAY = "#0072B2", "#009E73", "#D55E00", "#E69F00", "#888888"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -43,39 +44,44 @@ def from_notebooks() -> dict[str, bytes]:
     return pictures
 
 
+KINDS = (
+    ("float32", "float32", BLUE),
+    ("bfloat16, to nearest", "bfloat16, to nearest", RED),
+    ("bfloat16, stochastic", "bfloat16, stochastic", GREEN),
+    ("bfloat16, with a rest", "bfloat16, with a rest", ORANGE),
+)
+
+
 def three_bytes() -> None:
     """Loss curves of every seed where rounding to nearest stands still, and final losses over bytes."""
-    rows = read("training")["evidence"]
-    settings = [("Shakespeare", 1e-4), ("Shakespeare", 1e-3)]  # Fashion-MNIST shows no difference
+    rows = read("evidence")["evidence"]
+    problem, rates = "Shakespeare", (1e-4, 1e-3)  # Fashion-MNIST shows no difference
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.4))
-    problem, rate = ("Shakespeare", 1e-4)
-    for label, params, size, color in (
-        ("float32, 8 bytes", "float32", 8, BLUE),
-        ("bfloat16, to nearest, 3 bytes", "bfloat16, to nearest", 3, RED),
-        ("bfloat16, stochastic, 3 bytes", "bfloat16, stochastic", 3, GREEN),
-    ):
+    for (label, params, color), state, size in zip(KINDS, ("float32", *["uint8"] * 3), (8, 3, 3, 4), strict=True):
         for row in rows:
-            same = (row["problem"], row["learning rate"], row["optimizer"], row["parameters"])
-            if same == (problem, rate, "rmsprop", params) and round(row["bytes per parameter"]) == size:
-                steps = (np.arange(len(row["curve"])) + 0.5) / len(row["curve"]) * 3000
+            same = (row["problem"], row["learning rate"], row["optimizer"], row["parameters"], row["state"])
+            if same == (problem, rates[0], "rmsprop", params, state):
+                steps = (np.arange(len(row["curve"])) + 0.5) / len(row["curve"]) * 2000
                 first = row["seed"] == 0
-                axes[0].plot(steps, row["curve"], color=color, linewidth=1, label=label if first else None)
-    axes[0].set(title=f"{problem}, rate {rate:g}", xlabel="step", ylabel="training loss")
+                axes[0].plot(
+                    steps, row["curve"], color=color, linewidth=1, label=f"{label}: {size} bytes" if first else None
+                )
+    axes[0].set(title=f"{problem}, rate {rates[0]:g}", xlabel="step", ylabel="training loss")
     axes[0].legend(frameon=False, fontsize=8)
-    for panel, (problem, rate) in zip(axes[1:], settings, strict=True):
+    for panel, rate in zip(axes[1:], rates, strict=True):
         mine = [row for row in rows if (row["problem"], row["learning rate"]) == (problem, rate)]
-        for label, color, shift, chosen in (
-            ("Adam", GRAY, 0, lambda r: r["optimizer"] == "Adam"),
-            ("float32", BLUE, 0, lambda r: (r["optimizer"], r["parameters"]) == ("rmsprop", "float32")),
-            ("bfloat16, to nearest", RED, 0.15, lambda r: r["parameters"] == "bfloat16, to nearest"),
-            ("bfloat16, stochastic", GREEN, -0.15, lambda r: r["parameters"] == "bfloat16, stochastic"),
-        ):
-            some = [row for row in mine if chosen(row)]
+        adam = [row for row in mine if row["optimizer"] == "Adam"]
+        groups = [("Adam", GRAY, adam)]
+        groups += [
+            (label, color, [r for r in mine if (r["optimizer"], r["parameters"]) == ("rmsprop", params)])
+            for label, params, color in KINDS
+        ]
+        for shift, (label, color, some) in zip((0, 0, 0.15, -0.15, 0), groups, strict=True):
             size = np.array([row["bytes per parameter"] for row in some])
             panel.plot(size + shift, gaps(rows, some), "o", color=color, markersize=4, alpha=0.8, label=label)
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set(title=f"{problem}, rate {rate:g}", xlabel="bytes for a parameter and its state")
-        panel.set_xticks([3, 4, 5, 6, 8, 12])
+        panel.set_xticks([3, 4, 5, 6, 7, 8, 12])
         panel.grid(alpha=0.3)
     axes[1].set_ylabel("test loss minus float32's")
     axes[1].legend(frameon=False, fontsize=8)
@@ -83,12 +89,69 @@ def three_bytes() -> None:
     save(figure, "three_bytes")
 
 
+def peers() -> None:
+    """Test loss at the best rate over bytes: every seed that reports, and a name at their mean."""
+    rows = read("peers")["peers"]
+    names = list(dict.fromkeys(row["problem"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(10, 4.2))
+    for panel, name in zip(axes, names, strict=True):
+        points = []
+        for (_, optimizer), _, _, fresh in tuned([row for row in rows if row["problem"] == name]):
+            size, losses = fresh[0]["bytes per parameter"], [row["loss"] for row in fresh]
+            color = GREEN if optimizer.startswith("RMSProp") else GRAY
+            panel.plot([size] * len(losses), losses, "o", color=color, markersize=4, alpha=0.7)
+            points.append((np.mean(losses), size, optimizer, color))
+        for (y, size, optimizer, color), text in zip(sorted(points), apart(sorted(points), panel), strict=True):
+            panel.annotate(optimizer, (size, y), (size + 0.25, text), fontsize=7, color=color, va="center")
+        panel.set(title=name, xlabel="bytes for a parameter and its state", xlim=(2.5, 16))
+        panel.set_xticks([3, 4, 5, 8, 12])
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("test loss, each at its best rate")
+    figure.tight_layout()
+    save(figure, "peers")
+
+
+def apart(points: list[tuple[float, float, str, str]], panel: Any) -> list[float]:
+    """Heights for the names of points, sorted by height, that do not cover each other where the points have the same size."""
+    low, high = panel.get_ylim()
+    gap, last, heights = (high - low) / 26, {}, []
+    for y, size, *_ in points:
+        last[round(size)] = max(y, last.get(round(size), -np.inf) + gap)
+        heights.append(last[round(size)])
+    return heights
+
+
+def tuned_dialects() -> None:
+    """Return over rate: the mean of the seeds that choose, and the interval of those that report."""
+    rows = read("tuned")["tuned"]
+    names = list(dict.fromkeys(row["setting"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(2.7 * len(names), 3.2))
+    for panel, name in zip(axes, names, strict=True):
+        found = dict.fromkeys(row["dialect"] for row in rows if row["setting"] == name)
+        for dialect, color in zip(found, (RED, BLUE, GREEN, ORANGE), strict=True):
+            curve = returns(rows, name, dialect)
+            rates = sorted(curve)
+            panel.plot(rates, [curve[rate] for rate in rates], ".-", color=color, linewidth=1, label=dialect)
+            for row in rows:
+                if (row["setting"], row["dialect"], row["seeds"]) == (name, dialect, "fresh"):
+                    end = ends_of(row)
+                    error = np.abs(np.array([bootstrap(end)]).T - end.mean())
+                    panel.errorbar(row["rate"], end.mean(), error, fmt="D", color=color, markersize=5, capsize=2)
+        panel.set(title=name, xscale="log", xlabel="learning rate")
+        panel.title.set_fontsize(9)
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("return, last tenth of training")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    save(figure, "tuned")
+
+
 def speed() -> None:
     """Time of an update over Optax's in the same round: medians and quartiles."""
     rows = read("cpu")["updates"]
     names = {
         "ours float32, plain": ("ours, float32", BLUE),
-        "ours bfloat16, plain": ("ours, bfloat16 state", "#E69F00"),
+        "ours bfloat16, plain": ("ours, bfloat16 state", ORANGE),
         "ours uint8, plain": ("ours, uint8 state", GREEN),
         "torch.compile, plain": ("torch.compile", GRAY),
         "torch foreach, plain": ("torch foreach", "#BBBBBB"),
@@ -115,6 +178,8 @@ def speed() -> None:
 
 if __name__ == "__main__":
     three_bytes()
+    peers()
+    tuned_dialects()
     speed()
     for name, png in from_notebooks().items():
         (FIGURES / f"{name}.png").write_bytes(png)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import Problem
 from report import Report
 from rich.progress import track
+from tasks import Problem
 from training import GRID, keys_of
 
 from rmsprop_jax import rmsprop, RMSPropState

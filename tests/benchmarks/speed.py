@@ -34,10 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from problems import FashionNet, Transformer
 from report import is_here, Report
 from rich.console import Console
 from rich.progress import Progress
+from tasks import FashionNet, Transformer
 
 from rmsprop_jax import rmsprop, round_params_stochastically
 

@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import digits, documentation, fashion, Problem, shakespeare, shakespeares_words
 from report import Report
 from rich.progress import track
+from tasks import digits, documentation, fashion, Problem, shakespeare, shakespeares_words
 from tuning import cheapest, grid as rates_around, groups, Measurements, search, TimeIsUp, width
 
 from rmsprop_jax import params_in_float32, rmsprop, round_params_stochastically
