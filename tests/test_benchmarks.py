@@ -222,15 +222,14 @@ def regression(steps):
 
 
 def measurements(what, keys=None, file=None, minutes=None):
-    return tuning.Measurements(report.Report(file), what, keys or training.STUDIES[what][0], minutes)
+    return tuning.Measurements(report.Report(file), what, keys or training.STUDIES[what].keys, minutes)
 
 
 def test_the_evidence_counts_bytes_and_pairs_seeds(users_climate, monkeypatch):
-    monkeypatch.setattr(training, "EVIDENCE", {"regression": (lambda: regression(20), (1e-3,))})
     monkeypatch.setattr(training, "SEEDS", range(2))
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     kept = measurements("evidence")
-    training.evidence(kept, ["regression"])
+    training.evidence(kept, "regression", lambda: regression(20))
     table = training.evidence_table(kept.rows())
     assert [round(line["bytes per parameter"]) for line in table] == [12, 8, 8, 6, 5, 6, 4, 3, 6, 4, 3, 7, 5, 4]
     ours = next(line for line in table if line["optimizer"] == "rmsprop")
@@ -242,7 +241,7 @@ def test_four_bytes_end_nearer_to_float32_than_three(users_climate, monkeypatch)
     monkeypatch.setattr(training, "SMALL_RATES", (1e-5,))
     monkeypatch.setattr(training, "SEEDS", range(1))
     kept = measurements("weights")
-    training.weights(kept, regression(50))
+    training.weights(kept, "regression", lambda: regression(50))
     rows = {(row["parameters"], row["state"]): row for row in kept.rows()}
     assert rows["float32", "float32"]["distance"] == 0
     four, three = (rows[params, "uint8"] for params in (training.REST, training.STOCHASTIC))
@@ -251,12 +250,13 @@ def test_four_bytes_end_nearer_to_float32_than_three(users_climate, monkeypatch)
     assert training.weights_table(kept.rows())[0]["network"] == "+0.0000"
 
 
-def test_other_seeds_report_on_the_best_rate(users_climate, monkeypatch, tmp_path):
+def test_other_seeds_report_on_the_best_rate(users_climate, tmp_path):
     file = str(tmp_path / "peers.json")
-    monkeypatch.setattr(training, "PEERS", {"regression": lambda: regression(20)})
     everyone = [x for x in training.peers() if x.name in ("Muon", "schedule-free RMSProp", "RMSProp, three bytes")]
-    monkeypatch.setattr(training, "peers", lambda: everyone)
-    training.study("peers", ["regression"], measurements("peers", file=file))
+    study = functools.partial(
+        training.tune_all, name="regression", make=lambda: regression(20), everyone=lambda: everyone
+    )
+    study(measurements("peers", file=file))
     rows = json.loads(pathlib.Path(file).read_text())["peers"]
     for line in training.peers_table(rows):
         mine = [row for row in rows if row["optimizer"] == line["optimizer"]]
@@ -266,7 +266,7 @@ def test_other_seeds_report_on_the_best_rate(users_climate, monkeypatch, tmp_pat
         assert len(fresh) == 3
         assert line["loss"] == training.spread(fresh)
     # A second run has nothing left to do.
-    training.study("peers", ["regression"], measurements("peers", file=file, minutes=0))
+    study(measurements("peers", file=file, minutes=0))
     assert json.loads(pathlib.Path(file).read_text())["peers"] == rows
 
 

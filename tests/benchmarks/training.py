@@ -126,7 +126,7 @@ def trainer(
 def measured(problem: Problem, candidate: Candidate) -> Callable[[int, float], dict[str, Any]]:
     """A function from the seed and the rate to the numbers of a run. Compiled at the first call."""
     if isinstance(candidate.make, str):
-        return functools.cache(lambda: torch_run(problem, candidate.make))()
+        return torch_run(problem, candidate.make)
     run, test = trainer(problem, candidate), tester(problem)
 
     def numbers(seed, rate):
@@ -240,16 +240,16 @@ def candidates() -> list[Candidate]:
 EVIDENCE_KEYS = ("problem", "learning rate", "optimizer", "parameters", "state", "seed")
 
 
-def evidence(measurements: Measurements, names: Iterable[str]) -> None:
+def evidence(
+    measurements: Measurements, name: str, make: Callable[[], Problem], rates: Iterable[float] = (1e-3,)
+) -> None:
     """Every run, seed by seed, so that all candidates are measured under the same load."""
-    for name in names:
-        make, rates = EVIDENCE[name]
-        problem = make()
-        runs = [(candidate, measured(problem, candidate)) for candidate in candidates()]
-        for seed, rate, (candidate, run) in track(list(itertools.product(SEEDS, rates, runs)), name):
-            setting = {"problem": name, "learning rate": rate, "optimizer": candidate.optimizer}
-            setting |= {"parameters": candidate.params, "state": candidate.state, "seed": seed}
-            measurements.get(setting, functools.partial(run, seed, rate))
+    problem = make()
+    runs = [(candidate, measured(problem, candidate)) for candidate in candidates()]
+    for seed, rate, (candidate, run) in track(list(itertools.product(SEEDS, rates, runs)), name):
+        setting = {"problem": name, "learning rate": rate, "optimizer": candidate.optimizer}
+        setting |= {"parameters": candidate.params, "state": candidate.state, "seed": seed}
+        measurements.get(setting, functools.partial(run, seed, rate))
 
 
 def evidence_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -284,7 +284,8 @@ def spread(values: Any, sign: str = "") -> str:
 # --- Weights ----------------------------------------------------------------------------------------------
 
 SMALL_RATES = (1e-3, 1e-4, 1e-5, 1e-6)
-WEIGHTS_KEYS = ("learning rate", "parameters", "state", "seed")
+WEIGHTS_KEYS = ("problem", "learning rate", "parameters", "state", "seed")
+WEIGHTS = {"Shakespeare": (functools.partial(shakespeare, steps=600),)}
 # Losses of these are reported minus that of float32's network.
 VIEWS = ("network", "24 bits", "average of the network", "average of the 24 bits")
 
@@ -300,8 +301,9 @@ def compared() -> list[Candidate]:
     ]
 
 
-def weights(measurements: Measurements, problem: Problem) -> None:
+def weights(measurements: Measurements, name: str, make: Callable[[], Problem]) -> None:
     """Runs that begin with bfloat16 numbers, and end as near to float32's weights as their bytes allow."""
+    problem = make()
     averaged = (lambda params, state: in_float32(params), params_in_float32)
     runs = [(c, trainer(problem, c, averaged, start=jnp.bfloat16)) for c in compared()]
     test = tester(problem)
@@ -321,7 +323,8 @@ def weights(measurements: Measurements, problem: Problem) -> None:
             }
 
         for candidate, run in runs:
-            setting = {"learning rate": rate, "parameters": candidate.params, "state": candidate.state, "seed": seed}
+            setting = {"problem": name, "learning rate": rate, "parameters": candidate.params}
+            setting |= {"state": candidate.state, "seed": seed}
             measurements.get(setting, functools.partial(measure, run))
 
 
@@ -390,8 +393,19 @@ def peers() -> list[Peer]:
     ]
 
 
-PEERS = {"Shakespeare": lambda: shakespeare(steps=1000), "Fashion-MNIST": lambda: fashion(steps=470)}
+PEERS = {
+    "Shakespeare": (functools.partial(shakespeare, steps=1000), lambda: peers()),
+    "Fashion-MNIST": (functools.partial(fashion, steps=470), lambda: peers()),
+}
 PEER_KEYS = ("problem", "optimizer", "learning rate", "seed")
+
+
+def tune_all(
+    measurements: Measurements, name: str, make: Callable[[], Problem], everyone: Callable[[], list[Peer]]
+) -> None:
+    problem = make()
+    for peer in track(everyone(), name):
+        tune(measurements, name, problem, peer)
 
 
 def tune(measurements: Measurements, name: str, problem: Problem, peer: Peer) -> None:
@@ -528,48 +542,47 @@ def grid_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # --- Reporting --------------------------------------------------------------------------------------------
 
-STUDIES: dict[str, tuple[tuple[str, ...], Callable[..., list[dict[str, Any]]]]] = {
-    "evidence": (EVIDENCE_KEYS, evidence_table),
-    "weights": (WEIGHTS_KEYS, weights_table),
-    "peers": (PEER_KEYS, peers_table),
-    "batches": (PEER_KEYS, peers_table),
+
+class Study(NamedTuple):
+    """What is measured on each problem, and the table of it."""
+
+    problems: dict[str, tuple[Any, ...]]  # the arguments of `run` after the name
+    keys: tuple[str, ...]  # what tells its rows apart
+    run: Callable[..., None]
+    table: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+
+
+STUDIES = {
+    "evidence": Study(EVIDENCE, EVIDENCE_KEYS, evidence, evidence_table),
+    "weights": Study(WEIGHTS, WEIGHTS_KEYS, weights, weights_table),
+    "peers": Study(PEERS, PEER_KEYS, tune_all, peers_table),
+    "batches": Study(BATCHES, PEER_KEYS, tune_all, peers_table),
 }
-PROBLEMS = {"evidence": EVIDENCE, "weights": {}, "peers": PEERS, "batches": BATCHES, "grid": GRID}
-
-
-def study(what: str, names: list[str], measurements: Measurements) -> None:
-    if what == "evidence":
-        evidence(measurements, names)
-    if what == "weights":
-        weights(measurements, shakespeare(steps=600))
-    for name in names if what in ("peers", "batches") else ():
-        make, everyone = (PEERS[name], peers) if what == "peers" else BATCHES[name]
-        problem = make()
-        for peer in track(everyone(), name):
-            tune(measurements, name, problem, peer)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=PROBLEMS)
+    parser.add_argument("what", choices=[*STUDIES, "grid"])
     parser.add_argument("--problems", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of the grid")
     parser.add_argument("--minutes", type=float, help="begin no run after so many (default: no limit)")
     parser.add_argument("--json", metavar="FILE", help="where to write every run")
     arguments = parser.parse_args()
-    names = arguments.problems or list(PROBLEMS[arguments.what])
-    if unknown := set(names) - set(PROBLEMS[arguments.what]):
-        parser.error(f"--problems {' '.join(unknown)}: allowed are {', '.join(PROBLEMS[arguments.what])}")
+    problems = GRID if arguments.what == "grid" else STUDIES[arguments.what].problems
+    names = arguments.problems or list(problems)
+    if unknown := set(names) - set(problems):
+        parser.error(f"--problems {' '.join(unknown)}: allowed are {', '.join(problems)}")
     report = Report(arguments.json, "flax", "torch", "bitsandbytes")
     if arguments.what == "grid":
         rows = grid(names, arguments.variants)
         report.add("grid", rows, grid_table(rows))
         return
-    keys, table = STUDIES[arguments.what]
-    measurements = Measurements(report, arguments.what, keys, arguments.minutes)
+    study = STUDIES[arguments.what]
+    measurements = Measurements(report, arguments.what, study.keys, arguments.minutes)
     with contextlib.suppress(TimeIsUp):
-        study(arguments.what, names, measurements)
-    report.show(table(measurements.rows()))
+        for name in names:
+            study.run(measurements, name, *study.problems[name])
+    report.show(study.table(measurements.rows()))
 
 
 if __name__ == "__main__":
