@@ -74,8 +74,8 @@ def digits() -> Problem:
     return images(_digits.ConvNet, train, test, _digits.BATCH, steps=300, learning_rate=1e-3)
 
 
-def fashion(steps: int = 940) -> Problem:
-    """Two epochs, unless told otherwise."""
+def fashion(steps: int = 470) -> Problem:
+    """One epoch, unless told otherwise."""
 
     def read(name: str) -> np.ndarray:
         path = FASHION / f"{name}-ubyte.gz"

@@ -395,7 +395,7 @@ def peers() -> list[Peer]:
 
 PEERS = {
     "Shakespeare": (functools.partial(shakespeare, steps=1000), lambda: peers()),
-    "Fashion-MNIST": (functools.partial(fashion, steps=470), lambda: peers()),
+    "Fashion-MNIST": (fashion, lambda: peers()),
 }
 PEER_KEYS = ("problem", "optimizer", "learning rate", "seed")
 
