@@ -53,7 +53,7 @@ TABLES = {
     "weights": lambda c: [training.weights_table(c["weights"])],
     "peers": lambda c: [training.peers_table(c["peers"])],
     "batches": lambda c: [training.peers_table(c["batches"])],
-    "reinforcement": lambda c: [reinforcement.table(c["reinforcement"])],
+    "reinforcement": lambda c: [reinforcement.table(c["reinforcement"]), c["table"]],
     "tuned": lambda c: [reinforcement.tuned_table(c["tuned"])],
     "signed_code": lambda c: [signed_code.table(c["signed code"])],
     "watching": lambda c: [watching.table(c["watching"])],
@@ -319,6 +319,8 @@ def test_measurements_go_on_with_what_the_file_has(tmp_path):
     assert second.get({"name": "a"}, lambda: pytest.fail("measured again"))["value"] == 1
     second.get({"name": "b"}, lambda: {"value": 2})
     assert [row["name"] for row in first.rows()] == ["a", "b"]
+    report.Report(file).add("another", [{"x": 1}])
+    assert len(first.rows()) == 2
     late = measurements("table", ("name",), file, minutes=0)
     assert late.get({"name": "b"}, lambda: pytest.fail("measured again"))["value"] == 2
     with pytest.raises(tuning.TimeIsUp):

@@ -528,7 +528,10 @@ def main() -> None:
     with contextlib.suppress(TimeIsUp):
         for setting, dialect in track(jobs, name):
             run(measurements, setting, settings[setting], dialect, arguments.seeds)
-    report.show((tuned_table if name == "tuned" else table)(measurements.rows()))
+    if name == "tuned":
+        report.show(tuned_table(measurements.rows()))
+    else:
+        report.add("table", table(measurements.rows()))  # a notebook prints it
 
 
 if __name__ == "__main__":

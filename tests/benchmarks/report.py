@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine they ran on, Markdown tables, and JSON that is written at once."""
 
+import contextlib
 import datetime
 import fcntl
 import importlib.metadata
@@ -8,7 +9,7 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,47 +50,57 @@ def to_json(content: dict[str, Any]) -> str:
 
 
 class Report:
-    """Prints tables and writes every number to a file. What is measured stays, whatever comes after.
+    """Prints tables and keeps every number: in a file if there is one, also while another process writes to it.
 
-    `add` writes a whole table, in the place of what the file had. `rows` and `append` go on with a table that the file has, also
-    while another process does.
+    What is measured stays, whatever comes after, and so do the other tables of the file.
     """
 
     def __init__(self, file: str | None, *packages: str):
         self.content: dict[str, Any] = {"machine": machine(*packages)}
-        self.file = file
+        self.path = pathlib.Path(file).absolute() if file else None
         print(f"{self.content['machine']}\n", flush=True)
 
     def add(self, name: str, rows: list[dict[str, Any]], *tables: list[dict[str, Any]]) -> None:
-        """Keeps `rows`, and prints `tables`, by default the rows."""
-        self.content[name] = rows
+        """Keeps `rows` as a whole table, and prints `tables`, by default the rows."""
+        self._change(name, lambda _: rows)
         self.show(*(tables or (rows,)))
-        if self.file:
-            pathlib.Path(self.file).write_text(to_json(self.content))
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Adds one row to a table."""
+        self._change(name, lambda rows: [*rows, row])
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Those of the file, or without one those of this process."""
+        return self._read().get(name, [])
 
     def show(self, *tables: list[dict[str, Any]]) -> None:
         for table in filter(None, tables):
             print(markdown(table) + "\n", flush=True)
 
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """Those of the file, or without one those of this process."""
-        path = pathlib.Path(self.file) if self.file else None
-        content = json.loads(path.read_text()) if path and path.exists() else self.content
-        return content.get(name, [])
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path and self.path.exists() else self.content
 
-    def append(self, name: str, row: dict[str, Any]) -> None:
-        if not self.file:
-            self.content.setdefault(name, []).append(row)
-            return
-        path = pathlib.Path(self.file).absolute()
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            content = json.loads(path.read_text()) if path.exists() else {}
-            content["machine"] = self.content["machine"]
-            content.setdefault(name, []).append(row)
-            new = path.with_suffix(".new")
+    def _change(self, name: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+        with locked(self.path):
+            content = self._read() | {"machine": self.content["machine"]}
+            content[name] = change(content.get(name, []))
+            if not self.path:
+                self.content = content
+                return
+            new = self.path.with_suffix(".new")
             new.write_text(to_json(content))
-            new.replace(path)
-        finally:
-            os.close(folder)
+            new.replace(self.path)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path | None) -> Iterator[None]:
+    """No other process changes files of the same folder."""
+    if path is None:
+        yield
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
