@@ -61,7 +61,7 @@ def three_bytes() -> None:
         for row in rows:
             same = (row["problem"], row["learning rate"], row["optimizer"], row["parameters"], row["state"])
             if same == (problem, rates[0], "rmsprop", params, state):
-                steps = (np.arange(len(row["curve"])) + 0.5) / len(row["curve"]) * 2000
+                steps = (np.arange(len(row["curve"])) + 0.5) / len(row["curve"]) * 3000
                 first = row["seed"] == 0
                 axes[0].plot(
                     steps, row["curve"], color=color, linewidth=1, label=f"{label}: {size} bytes" if first else None

@@ -149,7 +149,7 @@ def documentation() -> Problem:
     return characters(text, length=32, size=8, held_out=9_000, steps=300)
 
 
-def shakespeare(size: int = 8, steps: int = 2000) -> Problem:
+def shakespeare(size: int = 8, steps: int = 3000) -> Problem:
     return characters(plays(), length=64, size=size, held_out=200_000, steps=steps)
 
 

@@ -229,7 +229,8 @@ def candidates() -> list[Candidate]:
         Candidate("Adam", "float32", optax.adam),
         Candidate("optax.rmsprop", "float32", lambda rate: optax.rmsprop(rate, 0.99)),
     ]
-    result += [ours(*x) for x in itertools.product(("float32", NEAREST, STOCHASTIC, REST), DTYPES)]
+    result += [ours("float32", state) for state in DTYPES]
+    result += [ours(*x) for x in itertools.product((NEAREST, STOCHASTIC, REST), ("float32", "uint8"))]
     if importlib.util.find_spec("torch"):
         result.append(Candidate("torch.optim.RMSprop", "float32", "torch.optim.RMSprop"))
         if importlib.util.find_spec("bitsandbytes"):
