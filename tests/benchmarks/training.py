@@ -395,29 +395,29 @@ def peers() -> list[Peer]:
 
 
 PEERS = {
-    "Shakespeare": (functools.partial(shakespeare, steps=1000), lambda: peers()),
-    "Fashion-MNIST": (fashion, lambda: peers()),
+    "Shakespeare": (functools.partial(shakespeare, steps=1000), lambda: peers(), 5),
+    "Fashion-MNIST": (functools.partial(fashion, 235), lambda: peers(), 5),
 }
 PEER_KEYS = ("problem", "optimizer", "learning rate", "seed")
 
 
 def tune_all(
-    measurements: Measurements, name: str, make: Callable[[], Problem], everyone: Callable[[], list[Peer]]
+    measurements: Measurements, name: str, make: Callable[[], Problem], everyone: Callable[[], list[Peer]], count: int
 ) -> None:
     problem = make()
     for peer in track(everyone(), name):
-        tune(measurements, name, problem, peer)
+        tune(measurements, name, problem, peer, count)
 
 
-def tune(measurements: Measurements, name: str, problem: Problem, peer: Peer) -> None:
-    """Seed 0 chooses the rate, and three others report on it."""
+def tune(measurements: Measurements, name: str, problem: Problem, peer: Peer, count: int) -> None:
+    """Seed 0 chooses the rate from a grid of so many or more, and three others report on it."""
     run = functools.cache(lambda: measured(problem, peer.candidate))
 
     def loss(rate: float, seed: int = 0) -> float:
         setting = {"problem": name, "optimizer": peer.name, "learning rate": rate, "seed": seed}
         return measurements.get(setting, lambda: run()(seed, rate))["loss"]
 
-    best = cheapest(search(rates_around(peer.rate), loss))
+    best = cheapest(search(rates_around(peer.rate, count), loss))
     for seed in range(1, 4):
         loss(best, seed)
 
@@ -474,7 +474,11 @@ def batch_peers(size: int) -> list[Peer]:
 
 
 BATCHES = {
-    f"{size} sequences": (functools.partial(shakespeare, size, SEQUENCES // size), functools.partial(batch_peers, size))
+    f"{size} sequences": (
+        functools.partial(shakespeare, size, SEQUENCES // size),
+        functools.partial(batch_peers, size),
+        3,
+    )
     for size in (4, 16, 64)
 }
 
