@@ -20,6 +20,7 @@ import tasks
 import training
 import tuning
 import watching
+from flax import nnx
 
 
 pytestmark = pytest.mark.slow
@@ -184,6 +185,17 @@ def test_memory_is_that_of_parameters_and_state(users_climate, monkeypatch):
         assert expected <= held[name] < expected + 0.1  # and the batch
     assert 3 <= held["ours, uint8 state, bfloat16 parameters"] < 3.1
     assert 4 <= held["ours, four bytes"] < 4.1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_transformer_computes_in_the_dtype_of_its_parameters(users_climate, dtype):
+    graph, params = nnx.split(tasks.Transformer(11, 8, 16, 2, 1, nnx.Rngs(0)), nnx.Param)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    program = jax.make_jaxpr(lambda params, tokens: nnx.merge(graph, params)(tokens))(params, jnp.zeros((2, 8), int))
+    (result,) = program.out_avals
+    assert result.dtype == dtype
+    products = [x for x in program.jaxpr.eqns if x.primitive.name == "dot_general"]
+    assert {v.aval.dtype for x in products for v in x.invars} == {jnp.dtype(dtype)}
 
 
 def test_the_grid_compares_equal_starts_and_batches(users_climate, monkeypatch):

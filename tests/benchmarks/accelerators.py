@@ -38,8 +38,7 @@ from compilers import CHIPS, CUDA, devices, forget, instructions, Kernel
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from meshes import collectives
 from report import is_here, Report
-from speed import LAYOUTS, Model, model, RATE, Shapes, VARIANTS
-from training import Transformer
+from speed import language, LAYOUTS, RATE, Shapes, VARIANTS
 
 from rmsprop_jax import rmsprop, round_params_stochastically
 
@@ -316,18 +315,6 @@ class Size(NamedTuple):
     trained: tuple[str, ...]
 
 
-def transformer(shape: tuple[int, ...]) -> Model:
-    """With one sequence in a batch, so that activations are small."""
-
-    def make(rngs):
-        network = Transformer(*shape, rngs)
-        # In their own dtype. By default the output is float32, and so is all that follows.
-        network.token.dtype = network.position.dtype = None
-        return network
-
-    return model(make, jax.ShapeDtypeStruct((1, shape[1]), "int32"), (1, shape[1]))
-
-
 TRAINED = ("ours, three bytes", "ours, four bytes", "optax.rmsprop, plain", "optax.adam")
 ALSO = ("ours, uint8 state, plain", "ours, bfloat16 state, plain")
 MODELS = {
@@ -339,7 +326,7 @@ PEAKS = (("v5e", "100 M"), ("v5e", "1 B"), ("h100", "100 M"), ("a100", "100 M"))
 
 def peak(chip: str, name: str, trained: str) -> dict[str, Any]:
     """Bytes per parameter of a Transformer's training step. Arithmetic is in the parameters' dtype."""
-    network, sharding = transformer(MODELS[name].shape), one_device(chip)
+    network, sharding = language(*MODELS[name].shape, batch=1), one_device(chip)
     tx, dtype, _ = updates_of_all()[trained]
     params = with_sharding(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), network.params), sharding)
     state = with_sharding(jax.eval_shape(tx.init, params), sharding)

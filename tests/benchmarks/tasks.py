@@ -109,6 +109,8 @@ class Transformer(nnx.Module):
     def __init__(self, vocabulary: int, length: int, width: int, heads: int, layers: int, rngs: nnx.Rngs):
         self.token = nnx.Embed(vocabulary, width, rngs=rngs)
         self.position = nnx.Embed(length, width, rngs=rngs)
+        # In the dtype of the parameters. By default the output is float32, and so is all that follows.
+        self.token.dtype = self.position.dtype = None
         self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, vocabulary, rngs=rngs)
