@@ -391,6 +391,8 @@ def peers() -> list[Peer]:
         Peer("RMSProp, ν in one byte", ours("float32", "uint8")),
         Peer("RMSProp, four bytes", ours(REST, "uint8")),
         Peer("RMSProp, three bytes", ours(STOCHASTIC, "uint8")),
+        Peer("RMSProp, four bytes, bias correction", ours(REST, "uint8", bias_correction=True)),
+        Peer("RMSProp, three bytes, bias correction", ours(STOCHASTIC, "uint8", bias_correction=True)),
     ]
 
 
@@ -468,8 +470,8 @@ def batch_peers(size: int) -> list[Peer]:
             Candidate("Adafactor", "float32", lambda rate: optax.adafactor(rate, min_dim_size_to_factor=32)),
             1e-2,
         ),
-        Peer("RMSProp", ours("float32", "float32", 0.99**longer)),
-        Peer("RMSProp, three bytes", ours(STOCHASTIC, "uint8", 0.99**longer)),
+        Peer("RMSProp, bias correction", ours("float32", "float32", 0.99**longer, bias_correction=True)),
+        Peer("RMSProp, three bytes, bias correction", ours(STOCHASTIC, "uint8", 0.99**longer, bias_correction=True)),
     ]
 
 
