@@ -56,9 +56,10 @@ class Report:
     """
 
     def __init__(self, file: str | None, *packages: str):
-        self.content: dict[str, Any] = {"machine": machine(*packages)}
+        self.facts: dict[str, Any] = {"machine": machine(*packages)}  # about the run; each file has those of its last
+        self.content: dict[str, Any] = {}
         self.path = pathlib.Path(file).absolute() if file else None
-        print(f"{self.content['machine']}\n", flush=True)
+        print(f"{self.facts['machine']}\n", flush=True)
 
     def add(self, name: str, rows: list[dict[str, Any]], *tables: list[dict[str, Any]]) -> None:
         """Keeps `rows` as a whole table, and prints `tables`, by default the rows."""
@@ -82,7 +83,7 @@ class Report:
 
     def _change(self, name: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
         with locked(self.path):
-            content = self._read() | {"machine": self.content["machine"]}
+            content = self._read() | self.facts
             content[name] = change(content.get(name, []))
             if not self.path:
                 self.content = content

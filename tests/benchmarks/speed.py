@@ -613,7 +613,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="where to write every number")
     arguments = parser.parse_args()
     report = Report(arguments.json, "flax", "torch", "keras", "bitsandbytes")
-    report.content["load"] = os.getloadavg()
+    report.facts["load"] = os.getloadavg()
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("racing", total=None)
@@ -628,7 +628,8 @@ def main() -> None:
                 for layout in arguments.layouts:
                     progress.update(bar, description=layout)
                     rows += updates(layout, arguments.seconds, tick)
-                report.add("updates", rows, time_table(rows), cost_table(rows))
+                    report.add("updates", rows, [])
+                report.show(time_table(rows), cost_table(rows))
             elif part == "steps":
                 rows = training_steps(arguments.seconds, tick)
                 report.add("steps", rows, steps_table(rows))

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="where to write every number")
     arguments = parser.parse_args()
     report = Report(arguments.json, "flax")
-    report.content["load"] = os.getloadavg()
+    report.facts["load"] = os.getloadavg()
     rows = watching(arguments.seconds)
     report.add("watching", rows, table(rows))
 
