@@ -234,7 +234,7 @@ def candidates() -> list[Candidate]:
     if importlib.util.find_spec("torch"):
         result.append(Candidate("torch.optim.RMSprop", "float32", "torch.optim.RMSprop"))
         if importlib.util.find_spec("bitsandbytes"):
-            result.append(Candidate("bitsandbytes RMSProp8bit", "float32", "bitsandbytes.optim.RMSprop8bit", "uint8"))
+            result.append(Candidate("bitsandbytes RMSprop8bit", "float32", "bitsandbytes.optim.RMSprop8bit", "uint8"))
     return result
 
 
