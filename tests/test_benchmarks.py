@@ -57,6 +57,7 @@ TABLES = {
     "peers": lambda c: [training.peers_table(c["peers"])],
     "batches": lambda c: [training.peers_table(c["batches"])],
     "reinforcement": lambda c: [reinforcement.table(c["reinforcement"]), c["table"]],
+    "agents": lambda c: [reinforcement.table(c["reinforcement"])],
     "tuned": lambda c: [reinforcement.tuned_table(c["tuned"])],
     "signed_code": lambda c: [signed_code.table(c["signed code"])],
     "watching": lambda c: [watching.table(c["watching"])],

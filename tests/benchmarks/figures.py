@@ -90,35 +90,35 @@ def three_bytes() -> None:
 
 
 def peers() -> None:
-    """Test loss at the best rate over bytes: every seed that reports, and a name at their mean."""
+    """Test loss at the best rate over bytes: every seed that reports, and the name of each optimizer that is not RMSProp."""
     rows = read("peers")["peers"]
     names = list(dict.fromkeys(row["problem"] for row in rows))
     figure, axes = plt.subplots(1, len(names), figsize=(10, 4.2))
     for panel, name in zip(axes, names, strict=True):
-        points = []
         for (_, optimizer), _, _, fresh in tuned([row for row in rows if row["problem"] == name]):
             size, losses = fresh[0]["bytes per parameter"], [row["loss"] for row in fresh]
-            color = GREEN if optimizer.startswith("RMSProp") else GRAY
-            panel.plot([size] * len(losses), losses, "o", color=color, markersize=4, alpha=0.7)
-            points.append((np.mean(losses), size, optimizer, color))
-        for (y, size, optimizer, color), text in zip(sorted(points), apart(sorted(points), panel), strict=True):
-            panel.annotate(optimizer, (size, y), (size + 0.25, text), fontsize=7, color=color, va="center")
+            kind = "RMSProp with bias correction" if "bias correction" in optimizer else "RMSProp without bias correction"
+            color = {"RMSProp with bias correction": GREEN, "RMSProp without bias correction": BLUE}[kind]
+            if not optimizer.startswith("RMSProp"):
+                kind, color = "", GRAY
+                panel.annotate(optimizer, (size + 0.25, np.mean(losses)), fontsize=7, color="#555555", va="center")
+            known = panel.get_legend_handles_labels()[1]
+            panel.plot(
+                [size] * len(losses),
+                losses,
+                "o",
+                color=color,
+                markersize=4,
+                alpha=0.7,
+                label=None if kind in known else kind,
+            )
         panel.set(title=name, xlabel="bytes for a parameter and its state", xlim=(2.5, 16))
         panel.set_xticks([3, 4, 5, 8, 12])
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("test loss, each at its best rate")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper right")
     figure.tight_layout()
     save(figure, "peers")
-
-
-def apart(points: list[tuple[float, float, str, str]], panel: Any) -> list[float]:
-    """Heights for the names of points, sorted by height, that do not cover each other where the points have the same size."""
-    low, high = panel.get_ylim()
-    gap, last, heights = (high - low) / 26, {}, []
-    for y, size, *_ in points:
-        last[round(size)] = max(y, last.get(round(size), -np.inf) + gap)
-        heights.append(last[round(size)])
-    return heights
 
 
 def tuned_dialects() -> None:
