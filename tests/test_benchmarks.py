@@ -269,7 +269,7 @@ def test_other_seeds_report_on_the_best_rate(users_climate, tmp_path):
     file = str(tmp_path / "peers.json")
     everyone = [x for x in training.peers() if x.name in ("Muon", "schedule-free RMSProp", "RMSProp, three bytes")]
     study = functools.partial(
-        training.tune_all, name="regression", make=lambda: regression(20), everyone=lambda: everyone
+        training.tune_all, name="regression", make=lambda: regression(20), everyone=lambda: everyone, count=3
     )
     study(measurements("peers", file=file))
     rows = json.loads(pathlib.Path(file).read_text())["peers"]

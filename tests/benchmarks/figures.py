@@ -97,7 +97,9 @@ def peers() -> None:
     for panel, name in zip(axes, names, strict=True):
         for (_, optimizer), _, _, fresh in tuned([row for row in rows if row["problem"] == name]):
             size, losses = fresh[0]["bytes per parameter"], [row["loss"] for row in fresh]
-            kind = "RMSProp with bias correction" if "bias correction" in optimizer else "RMSProp without bias correction"
+            kind = (
+                "RMSProp with bias correction" if "bias correction" in optimizer else "RMSProp without bias correction"
+            )
             color = {"RMSProp with bias correction": GREEN, "RMSProp without bias correction": BLUE}[kind]
             if not optimizer.startswith("RMSProp"):
                 kind, color = "", GRAY
