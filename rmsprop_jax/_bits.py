@@ -145,7 +145,7 @@ def to_16_bits(x: jax.Array, noise: Any) -> jax.Array:
 
 
 def nearest_bfloat16(x: jax.Array) -> jax.Array:
-    """The bfloat16 nearest to a float32, half away from zero. A NaN may have no bits in the lower half of its word."""
+    """The bfloat16 nearest to a float32, half away from zero. The lower half of a NaN's bits must be zero."""
     word = bits(x) + np.uint32(0x8000)
     return jax.lax.bitcast_convert_type((word >> 16).astype(jnp.uint16), jnp.bfloat16)
 
@@ -154,7 +154,7 @@ def nearest_bfloat16(x: jax.Array) -> jax.Array:
 
 
 def to_24_bits(x: jax.Array, noise: jax.Array) -> jax.Array:
-    """The bits of a float32, rounded stochastically to 24. What the last eight hold does not count."""
+    """The bits of a float32, rounded stochastically to 24. Ignore the last eight."""
     # A carry out of these 24 bits is right, and none comes out of inf. Some NaN have one, but not that of NumPy.
     return jnp.where(jnp.isnan(x), np.float32(np.nan).view(np.uint32), bits(x) + (noise >> 24))
 
@@ -166,12 +166,12 @@ def nearest_16_bits(weight: jax.Array) -> jax.Array:
 
 
 def rest_of(weight: jax.Array) -> jax.Array:
-    """What is left of a weight of 24 bits when its nearest bfloat16 is taken away."""
+    """A weight of 24 bits minus its nearest bfloat16, in units of 2⁻⁸ of the bfloat16's last place."""
     return (weight >> 8).astype(jnp.int8)
 
 
 def without_rest(weight: jax.Array, rest: jax.Array) -> jax.Array:
-    """The weight of 24 bits less this rest."""
+    """The weight of 24 bits minus this rest."""
     return weight - (rest.astype(jnp.int32) << 8).astype(jnp.uint32)
 
 

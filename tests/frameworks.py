@@ -5,6 +5,7 @@ A `Framework` is a row: its `Runner`, and the calls, in its own argument names, 
 To add a framework, add a runner and a row.
 """
 
+import abc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -37,28 +38,32 @@ CONSTANT = np.full(STEPS, np.float32(3e-3))
 # --- Runners --------------------------------------------------------------------------------------------
 
 
-class Runner:
+class Runner(abc.ABC):
     """A framework's optimizer and the parameters that it updates."""
 
+    @abc.abstractmethod
     def __init__(self, params: Arrays, rates: np.ndarray, arguments: dict[str, Any]) -> None:
         """Starts at `params`. `rates` are the learning rates of all steps, `arguments` all others of the optimizer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def params(self) -> Arrays:
         """The present parameters, copied."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, grads: Arrays, rate: np.float32) -> None:
         """One update."""
-        raise NotImplementedError
 
+
+class Resumable(Runner):
+    """One whose checkpoints `interop` reads."""
+
+    @abc.abstractmethod
     def checkpoint(self) -> Any:
         """The optimizer's state as a user saves it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load(self, checkpoint: Any) -> None:
         """Goes on from a checkpoint."""
-        raise NotImplementedError
 
     @staticmethod
     def recorded(entries: dict[str, np.ndarray]) -> Any:
@@ -66,7 +71,7 @@ class Runner:
         return entries
 
 
-class Torch(Runner):
+class Torch(Resumable):
     @staticmethod
     def optimizer_class():
         import torch
@@ -146,7 +151,7 @@ class Bitsandbytes(Torch):
         return bitsandbytes.optim.RMSprop32bit
 
 
-class Keras(Runner):
+class Keras(Resumable):
     def __init__(self, params, rates, arguments):
         os.environ.setdefault("KERAS_BACKEND", "jax")
         import keras
@@ -186,9 +191,9 @@ class Keras(Runner):
 class TensorFlow2(Runner):
     """An optimizer that runs eagerly on TensorFlow's variables."""
 
+    @abc.abstractmethod
     def make(self, rate: Any, **arguments: Any) -> Callable[[list[Any], list[Any]], Any]:
         """The optimizer's method that takes gradients and variables. `rate` is a variable."""
-        raise NotImplementedError
 
     def __init__(self, params, rates, arguments):
         import tensorflow as tf
@@ -222,7 +227,7 @@ class Sonnet(TensorFlow2):
         return sonnet.optimizers.RMSProp(rate, **arguments).apply
 
 
-class TensorFlow1(Runner):
+class TensorFlow1(Resumable):
     """A graph and a session, as version 1 has them."""
 
     def __init__(self, params, rates, arguments):

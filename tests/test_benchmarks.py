@@ -334,7 +334,10 @@ def test_measurements_go_on_with_what_the_file_has(tmp_path):
     assert second.get({"name": "a"}, lambda: pytest.fail("measured again"))["value"] == 1
     second.get({"name": "b"}, lambda: {"value": 2})
     assert [row["name"] for row in first.rows()] == ["a", "b"]
-    report.Report(file).add("another", [{"x": 1}])
+    other = report.Report(file)
+    other.add("another", [{"x": 1, "y": 1}, {"x": 2, "y": 2}])
+    other.update("another", [{"x": 3, "y": 3}, {"x": 1, "y": 4}], ("x",))
+    assert other.rows("another") == [{"x": 1, "y": 4}, {"x": 2, "y": 2}, {"x": 3, "y": 3}]
     assert len(first.rows()) == 2
     late = measurements("table", ("name",), file, minutes=0)
     assert late.get({"name": "b"}, lambda: pytest.fail("measured again"))["value"] == 2

@@ -471,25 +471,24 @@ def main() -> None:
     def chosen(chip: str, names: Iterable[str]) -> list[str]:
         return [x for x in names if chip in arguments.chips and re.search(arguments.updates, x)]
 
-    rows: list[dict[str, Any]] = []
     for chip, layout in CASES if "updates" in arguments.parts else ():
         names = chosen(chip, updates_of_all() if (chip, layout) in COMPLETE else FEW)
         if names and layout in arguments.layouts:
-            new = list(updates(chip, layout, names))
-            rows += new
+            rows = list(updates(chip, layout, names))
             print(f"{chip}, {layout}")
-            report.add("updates", rows, updates_table(new))
+            report.update("updates", rows, ("chip", "layout", "update"))
+            report.show(updates_table(rows))
     if "meshes" in arguments.parts:
         cases = [x for x in itertools.product(MESHES, SPECS, SHARDED) if chosen(x[0].partition(":")[0], x[2:])]
         rows = [on_mesh(*x) for x in cases]
         report.add("meshes", rows, meshes_table(rows))
     if "host" in arguments.parts:
         report.add("host", [in_host_memory("v5e", name) for name in chosen("v5e", OFFLOADED)])
-    peaks: list[dict[str, Any]] = []
     for chip, size in PEAKS if "peaks" in arguments.parts else ():
         for name in chosen(chip, MODELS[size].trained if size in arguments.models else ()):
-            peaks.append(peak(chip, size, name))
-            report.add("peaks", peaks, without_empty(peaks))
+            rows = [peak(chip, size, name)]
+            report.update("peaks", rows, ("chip", "training step", "parameters"))
+            report.show(without_empty(rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Returns are means over the last tenth of training, with a 95 % bootstrap interva
 vmapped program, which takes a minute or less.
 
 Needs `pip install -e ".[notebooks]"`. Prints Markdown; `--json FILE` keeps every seed and its curve, and a run goes on with
-what the file has. `--only` picks settings, `--seeds` bounds the number of seeds, `--minutes` the time.
+what the file has. `--only` picks settings, `--dialects` their rows, `--seeds` bounds the number of seeds, `--minutes` the time.
 """
 
 import argparse
@@ -512,6 +512,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["dialects", "tuned"], default="dialects")
     parser.add_argument("--only", nargs="+", metavar="SETTING", help="default: all")
+    parser.add_argument("--dialects", nargs="+", metavar="DIALECT", help="default: all of a setting")
     parser.add_argument("--seeds", type=int, help="at most so many (default: those of the setting)")
     parser.add_argument("--minutes", type=float, help="begin no run after so many (default: no limit)")
     parser.add_argument("--json", metavar="FILE", help="where to write every curve")
@@ -520,6 +521,9 @@ def main() -> None:
     if unknown := set(arguments.only or ()) - set(settings):
         parser.error(f"--only {', '.join(map(repr, unknown))}: allowed are {', '.join(map(repr, settings))}")
     jobs = [(name, dialect) for name in arguments.only or settings for dialect in settings[name].dialects]
+    if unknown := set(arguments.dialects or ()) - {dialect for _, dialect in jobs}:
+        parser.error(f"--dialects {', '.join(map(repr, unknown))}: allowed are {', '.join(repr(x) for _, x in jobs)}")
+    jobs = [(name, dialect) for name, dialect in jobs if dialect in (arguments.dialects or (dialect,))]
     report = Report(arguments.json, "gymnax")
     name = "tuned" if arguments.what == "tuned" else "reinforcement"
     keys = ("setting", "dialect", "rate", "seeds") if name == "tuned" else ("setting", "dialect")

@@ -70,6 +70,16 @@ class Report:
         """Adds one row to a table."""
         self._change(name, lambda rows: [*rows, row])
 
+    def update(self, name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> None:
+        """Puts `rows` in the place of those that agree with them in these keys, and the others behind all."""
+        new = {tuple(row[key] for key in keys): row for row in rows}
+
+        def change(old: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            kept = {tuple(row[key] for key in keys): row for row in old}
+            return list((kept | new).values())
+
+        self._change(name, change)
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Those of the file, or without one those of this process."""
         return self._read().get(name, [])

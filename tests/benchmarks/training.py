@@ -85,8 +85,8 @@ def trainer(
 ) -> Callable[[int, float], Trained]:
     """A function from the seed and the rate to the end of a run. Compiled once.
 
-    `averaged` are functions of the parameters and the state: of their values the run keeps a moving average. All start
-    from numbers that `start` can hold.
+    `averaged` are functions of the parameters and the state. The run keeps a moving average of the values of each. The first parameters
+    are rounded to the dtype `start`.
     """
     averaged = list(averaged)
 
@@ -397,8 +397,8 @@ def peers() -> list[Peer]:
 
 
 PEERS = {
-    "Shakespeare": (functools.partial(shakespeare, steps=1000), lambda: peers(), 5),
-    "Fashion-MNIST": (functools.partial(fashion, 235), lambda: peers(), 5),
+    "Shakespeare": (functools.partial(shakespeare, steps=1000), peers, 5),
+    "Fashion-MNIST": (functools.partial(fashion, 235), peers, 5),
 }
 PEER_KEYS = ("problem", "optimizer", "learning rate", "seed")
 
