@@ -35,6 +35,12 @@ def seeds(count: jax.Array, purpose: str) -> Seed:
     return _once(_mix(x) | 1), _once(_mix(x + 1))
 
 
+def within_stack(seed: Seed, layer: jax.Array | None, shape: tuple[int, ...]) -> Seed:
+    """The seed for one array of a stack of such arrays: the bits are those that it has as a part of the stack."""
+    a, b = seed
+    return seed if layer is None else (a, b + layer.astype(jnp.uint32) * np.uint32(math.prod(shape) % 2**32))
+
+
 def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
     """Random bits for each element: a·x + b, where x mixes the bits of the arrays with the element's place.
 

@@ -87,7 +87,6 @@ def lift(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        del extra_args
         updates = without_float0(updates)
         _check_state(rule, state, state_type, updates)
         if needs_params is None:
@@ -97,7 +96,7 @@ def lift(
             raise ValueError(f"{needs_params} needs params: call update(updates, state, params)")
         else:
             params = params_with_gradients(updates, params, params_mask)
-        return _update(rule, hyperparameters(state.count), updates, state, params)
+        return _update(rule, hyperparameters(state.count), updates, state, params, extra_args.get("layer"))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -109,7 +108,7 @@ def lift(
 # in each step; it finds the update that the previous one compiled.
 @functools.partial(jax.jit, static_argnames="rule", inline=True)
 def _update(
-    rule: Rule, hyperparameters: Any, updates: optax.Updates, state: Any, params: optax.Params | None
+    rule: Rule, hyperparameters: Any, updates: optax.Updates, state: Any, params: optax.Params | None, layer: Any
 ) -> tuple[optax.Updates, Any]:
     count = jnp.asarray(optax.safe_increment(state.count))
 
@@ -132,7 +131,11 @@ def _update(
         encoded = {name: leaves_of_slot[i] for name, leaves_of_slot in columns.items()}
         _check_leaf(rule, path, grad, params_column[i], encoded)
         dtype = np.result_type(*(_storage.compute_dtype(jnp.result_type(x)) for x in (grad, *encoded.values())))
-        seeds = {name: seed(name) for name, x in encoded.items() if _storage.is_rounded(x.dtype)}
+        seeds = {
+            name: _bits.within_stack(seed(name), layer, x.shape)
+            for name, x in encoded.items()
+            if _storage.is_rounded(x.dtype)
+        }
         steps[i], new = _update_array(
             rule, dtype, scalars(_storage.real_dtype(dtype)), seeds, grad, params_column[i], encoded
         )

@@ -92,7 +92,6 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, RoundParamsState]:
-        del extra_args
         if not isinstance(state, RoundParamsState):
             raise TypeError(f"state has type {type(state).__name__}: allowed is the RoundParamsState that init makes")
         if params is None:
@@ -104,7 +103,7 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
             )
         # The others pass through, and some may be no arrays: the functions of an Equinox module.
         params = jax.tree.map(lambda p: p if _is_bfloat16(p) else None, params)
-        return _update(_pytree.without_float0(updates), state, params)
+        return _update(_pytree.without_float0(updates), state, params, extra_args.get("layer"))
 
     return _pytree.alike(
         ("round_params_stochastically", keep_rest), lambda: optax.GradientTransformationExtraArgs(init, update)
@@ -151,7 +150,9 @@ def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
 
 
 @jax.jit
-def _update(updates: optax.Updates, state: Any, params: optax.Params) -> tuple[optax.Updates, RoundParamsState]:
+def _update(
+    updates: optax.Updates, state: Any, params: optax.Params, layer: Any
+) -> tuple[optax.Updates, RoundParamsState]:
     step = jnp.asarray(optax.safe_increment(state.step))
     seed = _bits.seeds(step, "params")
     leaves, treedef = _pytree.flatten(updates)
@@ -163,10 +164,10 @@ def _update(updates: optax.Updates, state: Any, params: optax.Params) -> tuple[o
             continue
         _check_shape(path, u, "parameter", p)
         if state.rest is None:
-            new[i] = _round_array(seed, u, p)
+            new[i] = _round_array(_bits.within_stack(seed, layer, p.shape), u, p)
         else:
             _check_shape(path, u, "state.rest", rests[i])
-            new[i], rests[i] = _round_array_and_rest(seed, u, p, rests[i])
+            new[i], rests[i] = _round_array_and_rest(_bits.within_stack(seed, layer, p.shape), u, p, rests[i])
     rest = None if state.rest is None else treedef.unflatten(rests)
     return treedef.unflatten(new), RoundParamsState(step, rest)
 
