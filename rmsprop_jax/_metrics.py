@@ -15,8 +15,8 @@ from jax.typing import ArrayLike
 
 from . import _checks, _pytree, _storage
 from ._rmsprop import _abs_sq
+from ._text import listed, repeated
 from .interop import _carry, _rows
-from .interop._text import listed, repeated
 
 
 Names = tuple[str, ...]  # the keys on the way to a leaf

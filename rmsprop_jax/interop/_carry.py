@@ -17,9 +17,9 @@ from jax.tree_util import DictKey, GetAttrKey, keystr, SequenceKey, tree_flatten
 
 from .. import _placement, _storage
 from .._rmsprop import RMSPropState
+from .._text import listed, repeated
 from . import _rows
 from ._rows import Path, Row
-from ._text import listed, repeated
 
 
 # --- What a state holds -----------------------------------------------------------------------------------

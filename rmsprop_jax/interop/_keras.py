@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._rmsprop import RMSPropState
+from .._text import listed, repeated
 from ._named import array, Arrays, arrays_of, Convert, ConvertBack, pairs, state_of
-from ._text import listed, repeated
 
 
 class Generation(NamedTuple):

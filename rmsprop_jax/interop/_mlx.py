@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._rmsprop import RMSPropState
+from .._text import listed
 from ._named import by_slot, Convert, count_of, somebody_else, state_of
-from ._text import listed
 
 
 SLOTS = {"nu": "v"}

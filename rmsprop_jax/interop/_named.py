@@ -10,8 +10,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from .. import _storage
 from .._rmsprop import RMSPropState
+from .._text import listed, repeated
 from . import _carry, _rows
-from ._text import listed, repeated
 
 
 Arrays = dict[str, np.ndarray]

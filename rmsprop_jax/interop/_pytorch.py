@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._rmsprop import RMSPropState
+from .._text import listed, repeated
 from ._named import array, Arrays, arrays_of, Convert, ConvertBack, state_of
-from ._text import listed, repeated
 
 
 Names = Iterable[str] | Mapping[str, Any]  # a mapping is from names to weights

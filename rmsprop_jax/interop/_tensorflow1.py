@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from .._rmsprop import RMSPropState
+from .._text import listed
 from ._named import array, Arrays, arrays_of, Convert, ConvertBack, state_of
-from ._text import listed
 
 
 SUFFIXES = {"nu": "", "trace": "_1"}

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._rmsprop import RMSPropState
+from .._text import listed
 from ._keras import from_keras
 from ._named import by_slot, Convert, count_of, somebody_else, state_of
-from ._text import listed
 
 
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
