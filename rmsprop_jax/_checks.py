@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -> Any:
@@ -77,15 +78,24 @@ def limit(name: str, value: Any, lower: float = 0.0) -> Any:
     return value if value > 0 else None
 
 
+def count(name: str, value: Any, lower: int = 0) -> int:
+    """Checks an integer that decides what is computed, so it must be known outside of jax.jit.
+
+    Whole numbers in 0-d arrays of any real dtype are integers: PyTorch counts in float32.
+    """
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} is traced: make it static, with optax.inject_hyperparams by static_args")
+    number = plain(np.asarray(value) if isinstance(value, jax.Array) else value)
+    whole = isinstance(number, int) or (isinstance(number, float) and value is not number and number.is_integer())
+    if not whole or isinstance(number, bool) or not lower <= number <= np.iinfo(np.int32).max:
+        allowed = f"an integer of at least {lower} that int32 can hold"
+        raise ValueError(f"{name}={reprlib.repr(value)}: allowed is {allowed}")
+    return int(number)
+
+
 def steps(name: str, value: Any) -> int | None:
     """Checks a number of steps, of at least 2."""
-    if value is None:
-        return None
-    if is_traced(value):
-        raise TypeError(f"{name} is a JAX array: with optax.inject_hyperparams, add it to static_args")
-    if not isinstance(plain(value), int) or isinstance(plain(value), bool) or value < 2:
-        raise ValueError(f"{name}={value!r}: allowed is an integer of at least 2")
-    return int(value)
+    return None if value is None else count(name, value, lower=2)
 
 
 def refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:

@@ -4,8 +4,6 @@ Nothing here knows the equations.
 """
 
 import functools
-import threading
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -297,39 +295,3 @@ def without_float0(updates: optax.Updates) -> optax.Updates:
         return grad
 
     return jax.tree.map_with_path(leaf, updates)
-
-
-# --- Made alike, equal --------------------------------------------------------------------------------------
-
-
-_inits: weakref.WeakValueDictionary[Any, Callable[..., Any]] = weakref.WeakValueDictionary()
-_updates: weakref.WeakValueDictionary[Any, Callable[..., Any]] = weakref.WeakValueDictionary()
-_making = threading.RLock()
-
-
-def alike(
-    arguments: Any, make: Callable[[], optax.GradientTransformationExtraArgs]
-) -> optax.GradientTransformationExtraArgs:
-    """The transformation that `make` makes, or an earlier one that was made with the same arguments.
-
-    Flax keeps a transformation as static data, so one that equals no other compiles the training step again.
-    Transformations are remembered only while somebody uses them. Arguments that are arrays, or unhashable for
-    another reason, make a new one.
-    """
-    key = _typed(arguments)
-    try:
-        hash(key)
-    except TypeError:
-        return make()
-    with _making:
-        init, update = _inits.get(key), _updates.get(key)
-        if init is None or update is None:
-            init, update = _inits[key], _updates[key] = make()
-        return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _typed(x: Any) -> Any:
-    """A key that tells 1, 1.0 and True apart, and 0.0 and -0.0."""
-    if isinstance(x, tuple):
-        return (type(x), *map(_typed, x))
-    return (type(x), repr(x) if isinstance(x, (float, np.generic)) else x)

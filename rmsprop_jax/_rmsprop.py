@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _checks, _pytree, _storage
+from . import _checks, _equality, _pytree, _storage
 
 
 class RMSPropState(NamedTuple):
@@ -425,12 +425,8 @@ def _transformation(
         # 1 - ρ here, in the precision of a Python float: in float32, 1 - 0.999 is off by 1e-5.
         return _Scalars(rate, decay, 1 - decay, eps, momentum, shrinkage)
 
-    return _pytree.alike(
-        (rule, *arguments),
-        lambda: _pytree.lift(
-            rule, hyperparameters, RMSPropState, initial, state_dtype, needs_params, weight_decay_mask
-        ),
-    )
+    tx = _pytree.lift(rule, hyperparameters, RMSPropState, initial, state_dtype, needs_params, weight_decay_mask)
+    return _equality.equal_by_arguments(tx, (rule, *arguments))
 
 
 def _value(name: str, number: Any, count: jax.Array, lower: float = 0.0) -> Any:

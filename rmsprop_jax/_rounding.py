@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from . import _bits, _placement, _pytree, _storage
+from . import _bits, _equality, _placement, _pytree, _storage
 
 
 class RoundParamsState(NamedTuple):
@@ -105,9 +105,7 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
         params = jax.tree.map(lambda p: p if _is_bfloat16(p) else None, params)
         return _update(_pytree.without_float0(updates), state, params, extra_args.get("layer"))
 
-    return _pytree.alike(
-        ("round_params_stochastically", keep_rest), lambda: optax.GradientTransformationExtraArgs(init, update)
-    )
+    return _equality.equal_by_arguments(optax.GradientTransformationExtraArgs(init, update), (keep_rest,))
 
 
 def params_in_float32(params: optax.Params, state: Any) -> optax.Params:

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _checks, _gradients, _pytree
+from . import _checks, _equality, _gradients
 from ._rmsprop import rmsprop
 
 
@@ -102,7 +102,7 @@ def _dialect(framework: str, rate: float | None = None) -> Callable[[Callable[_P
             if arguments[own] is None:
                 raise ValueError(f"{row.__name__} needs {own}: {framework} has no default")
             called = row(**arguments)  # pyright: ignore[reportCallIssue] (all can be given by name)
-            return _pytree.alike((row, *arguments.items()), lambda: _transformation(called))
+            return _equality.equal_by_arguments(_transformation(called), (row, *arguments.items()))
 
         signature = _Signature([*inspect.signature(row).parameters.values()], return_annotation=Transformation)
         signature.dialect = row.__name__
