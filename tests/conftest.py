@@ -8,6 +8,7 @@ import sys
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+from jax.experimental.compilation_cache import compilation_cache
 
 
 # Tests import from these folders as from this one.
@@ -28,6 +29,29 @@ settings.register_profile("house", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("house")
 
 
+# --- Compiled programs ------------------------------------------------------------------------------------
+
+# Their subject is what the compiler makes, so it must run.
+READS_PROGRAMS = {"test_compilation", "test_layers", "test_meshes", "test_tpu"}
+
+
+def pytest_configure(config):
+    """A second run finds most programs in pytest's cache: `pytest --cache-clear` forgets them."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file(request):
+    """Each file starts without compiled programs. All that a run compiles would take five gigabytes."""
+    jax.config.update("jax_enable_compilation_cache", request.path.stem not in READS_PROGRAMS)
+    compilation_cache.reset_cache()  # it reads the setting once
+    yield
+    jax.clear_caches()
+
+
 _compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, _, **kw: _compiled.append(event))
 
@@ -44,6 +68,9 @@ def compilations():
         events += [event for event in _compiled[start:] if "backend_compile" in event]
 
     return watch
+
+
+# --- Settings of single tests -----------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,21 +76,14 @@ def types(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
+# Until all files use chex.
+assert_equal = functools.partial(chex.assert_trees_all_equal, strict=True)
+assert_close = chex.assert_trees_all_close
+
+
 def all_finite(tree):
-    return all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree))
-
-
-def assert_equal(tree, other):
-    """Equal structures and bits."""
-    assert jax.tree.structure(tree) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        assert jnp.result_type(a) == jnp.result_type(b)
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-def assert_close(tree, other, rtol=0.0, atol=0.0):
-    """Equal structures and, within the tolerance, equal values."""
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), tree, other)
+    chex.assert_tree_all_finite(tree)
+    return True
 
 
 # --- Runs -----------------------------------------------------------------------------------------------
