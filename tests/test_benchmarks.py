@@ -7,10 +7,10 @@ import pathlib
 import re
 import sys
 
-import accelerators
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pages
 import pytest
 import reinforcement
 import report
@@ -19,7 +19,6 @@ import speed
 import tasks
 import training
 import tuning
-import watching
 from flax import nnx
 
 
@@ -37,55 +36,15 @@ def test_shapes_are_those_of_the_networks():
     ]
 
 
-def compiled_tables(c):
-    updates = accelerators.tables(c["updates"]).values()
-    rest = [accelerators.without_empty(c[part]) for part in ("host", "peaks") if part in c]
-    return [*updates, accelerators.meshes_table(c["meshes"]), *rest]
+@pytest.mark.parametrize("page", pages.pages(), ids=lambda path: path.name)
+def test_the_tables_of_the_pages_are_those_of_the_results(page):
+    text = page.read_text()
+    assert text == pages.with_tables(text), "python tests/benchmarks/pages.py writes them"
 
 
-TABLES = {
-    "cpu": lambda c: [
-        *(speed.time_table(c["updates"]), speed.cost_table(c["updates"]), speed.steps_table(c["steps"])),
-        *(c["outside jit"], c["sweep"]),
-    ],
-    "memory": lambda c: [c["memory"]],
-    "narrow": lambda c: [speed.time_table(c["updates"])],
-    "accelerators": compiled_tables,
-    "gpus": compiled_tables,
-    "evidence": lambda c: [training.evidence_table(c["evidence"])],
-    "weights": lambda c: [training.weights_table(c["weights"])],
-    "peers": lambda c: [training.peers_table(c["peers"])],
-    "batches": lambda c: [training.peers_table(c["batches"])],
-    "reinforcement": lambda c: [reinforcement.table(c["reinforcement"]), c["table"]],
-    "agents": lambda c: [reinforcement.table(c["reinforcement"])],
-    "tuned": lambda c: [reinforcement.tuned_table(c["tuned"])],
-    "signed_code": lambda c: [signed_code.table(c["signed code"])],
-    "watching": lambda c: [watching.table(c["watching"])],
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_the_page_of_numbers_quotes_what_was_printed(name):
-    here = pathlib.Path(__file__).parent / "benchmarks"
-    page = (here / "README.md").read_text()
-    content = json.loads((here / "results" / f"{name}.json").read_text())
-    assert content["machine"] in page
-    for table in TABLES[name](content):
-        assert report.markdown(table) in page
-
-
-def test_the_readme_quotes_the_peaks():
-    here = pathlib.Path(__file__).parent
-    measured: dict[int, dict[str, str]] = {}
-    for chip, name, part in (("v5e", "accelerators", "peaks"), ("h100", "gpus", "peaks"), (None, "memory", "memory")):
-        for row in json.loads((here / "benchmarks" / "results" / f"{name}.json").read_text())[part]:
-            if row.get("chip") == chip and row["parameters"] == "100,524,304":
-                measured.setdefault(round(row["parameters and state"]), {})[name] = report.short(row["peak"])
-    rows = re.findall(r"^\|[^|]*\| (\d+) \|([^|]*)\|([^|]*)\|([^|]*)\|$", (here.parent / "README.md").read_text(), re.M)
-    assert len(rows) == 5
-    for held, *peaks in rows:
-        expected = [measured[int(held)].get(name, "") for name in ("accelerators", "gpus", "memory")]
-        assert [peak.strip() for peak in peaks] == expected
+def test_every_table_stands_on_a_page():
+    text = "".join(page.read_text() for page in pages.pages())
+    assert set(re.findall("<!-- table: (.*?) -->", text)) == set(pages.TABLES)
 
 
 PARTS = ("updates", "outside jit", "sweep")

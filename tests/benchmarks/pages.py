@@ -1,0 +1,346 @@
+"""python tests/benchmarks/pages.py: writes the tables of README.md and notebooks/*.md from results/*.json.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and TABLES has its name. The line below it says which
+machine made it, and which command makes it again.
+"""
+
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from reinforcement import decimals, ends_of, interval, returns
+from report import markdown
+from training import gaps, tuned
+from tuning import width
+
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+Row = dict[str, Any]
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def where(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    """The rows that have these values. "_" in a key stands for a blank."""
+    return [row for row in rows if all(row.get(key.replace("_", " ")) == value for key, value in wanted.items())]
+
+
+def only(rows: Sequence[Row], **wanted: Any) -> Row:
+    (row,) = where(rows, **wanted)
+    return row
+
+
+def spread(values: Any, digits: int, sign: str = "") -> str:
+    """Mean and standard deviation."""
+    values = np.asarray(values, float)
+    return f"{values.mean():{sign}.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
+# --- Memory -----------------------------------------------------------------------------------------------
+
+# What trains: its name in a page, in results/accelerators.json and gpus.json, and in memory.json.
+HELD = (
+    ("`optax.adam`", "optax.adam", "optax.adam"),
+    ("`optax.rmsprop`", "optax.rmsprop, plain", "optax.rmsprop"),
+    ("`rmsprop(..., state_dtype=jnp.uint8)`", "ours, uint8 state, plain", "ours, uint8 state"),
+    ("... bfloat16 parameters and `round_params_stochastically()`", "ours, three bytes", "three bytes"),
+    ("... and `keep_rest=True`, which trains as float32 parameters do", "ours, four bytes", "ours, four bytes"),
+)
+OLD = {"three bytes": "ours, uint8 state, bfloat16 parameters"}
+SMALL, LARGE = "100,524,304", "1,037,819,136"  # parameters
+
+
+def peak(name: str, chip: str, size: str = SMALL) -> float | None:
+    rows = where([*read("accelerators")["peaks"], *read("gpus")["peaks"]], chip=chip, parameters=size)
+    found = where(rows, training_step=name)
+    return found[0]["peak"] if found else None
+
+
+def peaks_on_the_front_page() -> list[Row]:
+    return [
+        {
+            "optimizer": label,
+            "parameter and state": round(
+                only(read("memory")["memory"], training_step=OLD.get(here, here))["parameters and state"]
+            ),
+            "peak, TPU v5e": peak(there, "v5e"),
+            "peak, H100": peak(there, "h100"),
+        }
+        for label, there, here in HELD
+    ]
+
+
+def peaks() -> list[Row]:
+    rows = []
+    for line, (_, there, here) in zip(peaks_on_the_front_page(), HELD, strict=True):
+        cpu = only(read("memory")["memory"], training_step=OLD.get(here, here))
+        rows.append(
+            line
+            | {
+                "peak, A100": peak(there, "a100"),
+                "peak, CPU": cpu["peak"],
+                "CPU, together": f"{cpu['peak in MB'] / 1000:.2f} GB",
+            }
+            | {"v5e, a billion parameters": peak(there, "v5e", LARGE)}
+        )
+    return rows
+
+
+# --- Speed ------------------------------------------------------------------------------------------------
+
+TIMED = (
+    ("`optax.rmsprop`, float32", "optax, plain"),
+    ("`rmsprop`, float32", "ours float32, plain"),
+    ("`state_dtype=jnp.bfloat16`", "ours bfloat16, plain"),
+    ("`state_dtype=jnp.uint8`", "ours uint8, plain"),
+    ("three bytes", "ours three bytes"),
+    ("four bytes", "ours four bytes"),
+    ("momentum: `optax.rmsprop`", "optax, momentum"),
+    ("momentum: `rmsprop`, float32", "ours float32, momentum"),
+    ("momentum: `state_dtype=jnp.uint8`", "ours uint8, momentum"),
+)
+
+
+def times() -> list[Row]:
+    rows, table = read("narrow")["updates"], []
+    for label, candidate in TIMED:
+        line: Row = {"update": label}
+        for layout, title in (
+            ("16M", "one array of 16 million"),
+            ("GPT-2 small", "GPT-2 small, 124 million in 148 arrays"),
+        ):
+            for row in where(rows, layout=layout, candidate=candidate):
+                low, high = row["quartiles"]
+                line[title] = f"{row['milliseconds']:.3g} ms, {row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+            line.setdefault(title, "")
+        table.append(line)
+    return table
+
+
+# --- Programs for TPUs and GPUs ---------------------------------------------------------------------------
+
+COMPILED = (
+    ("`optax.rmsprop`", "optax.rmsprop, plain"),
+    ("`rmsprop`, float32", "ours, float32 state, plain"),
+    ("`state_dtype=jnp.bfloat16`", "ours, bfloat16 state, plain"),
+    ("`state_dtype=jnp.uint8`", "ours, uint8 state, plain"),
+    ("three bytes", "ours, three bytes"),
+    ("four bytes", "ours, four bytes"),
+    ("`optax.adam`", "optax.adam"),
+    ("`optax.adafactor`", "optax.adafactor"),
+    ("`flashoptim_jax.flash_adamw`", "flashoptim_jax.flash_adamw"),
+)
+
+
+def compiled_rows() -> list[Row]:
+    return [*read("accelerators")["updates"], *read("gpus")["updates"]]
+
+
+def programs() -> list[Row]:
+    table = []
+    for label, name in COMPILED:
+        tpu, gpu = (only(compiled_rows(), chip=chip, layout="16M", update=name) for chip in ("v5e", "h100"))
+        table.append(
+            {
+                "update": label,
+                "kernels": f"{tpu['kernels per leaf']:.0f}",
+                "bytes moved per parameter": f"{tpu['bytes moved per parameter']:.3g}",
+                "v5e: memory, arithmetic": both(tpu),
+                "H100: memory, arithmetic": both(gpu),
+            }
+        )
+    return table
+
+
+def both(row: Row) -> str:
+    arithmetic = row["ms, arithmetic"]
+    return f"{row['ms, memory']:.2f} ms, " + ("not counted" if arithmetic is None else f"{arithmetic:.2f} ms")
+
+
+def bounds() -> list[Row]:
+    """Time of the arithmetic over that of the memory."""
+    table = []
+    for chip in ("v4", "v5e", "v5p", "v6e", "a100", "h100"):
+        line: Row = {"chip": chip if chip[0] == "v" else chip.upper()}
+        for label, name in (COMPILED[0], *COMPILED[3:6]):
+            row = only(compiled_rows(), chip=chip, layout="16M", update=name)
+            line[label] = f"{row['ms, arithmetic'] / row['ms, memory']:.2f}"
+        table.append(line)
+    return table
+
+
+# --- Training ---------------------------------------------------------------------------------------------
+
+KEPT = (
+    ("Adam", "Adam", "float32", "float32"),
+    ("RMSProp, float32", "rmsprop", "float32", "float32"),
+    ("... ν in one byte", "rmsprop", "float32", "uint8"),
+    ("... and bfloat16 parameters, rounded to nearest", "rmsprop", "bfloat16, to nearest", "uint8"),
+    ("... and bfloat16 parameters, rounded stochastically", "rmsprop", "bfloat16, stochastic", "uint8"),
+    ("... and bfloat16 parameters with a remainder", "rmsprop", "bfloat16, with a rest", "uint8"),
+)
+TASKS = (
+    ("Fashion-MNIST, 2e-3", "Fashion-MNIST", 2e-3),
+    ("Shakespeare, 1e-3", "Shakespeare", 1e-3),
+    ("Shakespeare, 1e-4", "Shakespeare", 1e-4),
+    ("Shakespeare's words, 1e-3", "Shakespeare's words", 1e-3),
+)
+
+
+def evidence() -> list[Row]:
+    rows, table = read("evidence")["evidence"], []
+    for label, optimizer, parameters, state in KEPT:
+        mine = where(rows, optimizer=optimizer, parameters=parameters, state=state)
+        line: Row = {"optimizer": label, "bytes": f"{mine[0]['bytes per parameter']:.0f}"}
+        for title, problem, rate in TASKS:
+            some = where(mine, problem=problem, learning_rate=rate)
+            line[title] = "0" if label == "RMSProp, float32" else spread(gaps(rows, some), 3, "+")
+        table.append(line)
+    return table
+
+
+def weights() -> list[Row]:
+    rows, table = read("weights")["weights"], []
+    for label, _, parameters, state in KEPT[2:]:
+        mine = where(rows, parameters=parameters, state=state)
+        line: Row = {"optimizer": label, "bytes": f"{mine[0]['bytes per parameter']:.0f}"}
+        for rate in (1e-3, 1e-4, 1e-5, 1e-6):
+            line[f"{rate:g}"] = f"{np.mean([row['distance'] for row in where(mine, learning_rate=rate)]):.2f}"
+        table.append(line)
+    return table
+
+
+def peers() -> list[Row]:
+    lines: dict[str, Row] = {}
+    for (problem, optimizer), best, costs, fresh in tuned(read("peers")["peers"]):
+        line = lines.setdefault(optimizer, {"optimizer": optimizer, "bytes": f"{fresh[0]['bytes per parameter']:.3g}"})
+        line[f"{problem}, test loss"] = spread([row["loss"] for row in fresh], 3)
+        line[f"{problem}, learning rates"] = f"{best:g}, × {width(costs)}"
+    return sorted(lines.values(), key=lambda line: float(line["bytes"]))
+
+
+def batches() -> list[Row]:
+    lines: dict[str, Row] = {}
+    for (problem, optimizer), _, _, fresh in tuned(read("batches")["batches"]):
+        line = lines.setdefault(optimizer, {"optimizer": optimizer, "bytes": f"{fresh[0]['bytes per parameter']:.3g}"})
+        line[f"batches of {problem.split()[0]}"] = spread([row["loss"] for row in fresh], 2)
+    return list(lines.values())
+
+
+# --- Agents -----------------------------------------------------------------------------------------------
+
+DIALECTS = {
+    "tensorflow1": "TensorFlow 1",
+    "keras, optax": "Keras, Optax",
+    "pytorch": "PyTorch",
+    "pytorch, √ε": "PyTorch, with √ε",
+}
+NAMED = {"IMPALA's numbers, Breakout": "IMPALA's hyperparameters, Breakout"}
+USUAL = 0.00063  # the rate of the grid that is nearest to A2C's 7e-4 and IMPALA's 6e-4
+
+
+def agents() -> list[Row]:
+    """At one learning rate for all, and each at its own best one."""
+    rows, table = read("tuned")["tuned"], []
+    for row in where(rows, seeds="fresh"):
+        setting, dialect = row["setting"], row["dialect"]
+        found, digits = returns(rows, setting, dialect), decimals(setting)
+        table.append(
+            {
+                "agent, game": NAMED.get(setting, setting),
+                "dialect": DIALECTS[dialect],
+                f"return at {USUAL:g}": f"{found[USUAL]:.{digits}f}",
+                "best learning rate": f"{row['rate']:g}",
+                "return at it": interval(ends_of(row), digits),
+                "learning rates within 10 %": f"× {width({rate: -x for rate, x in found.items()})}",
+            }
+        )
+    return table
+
+
+def narrow_agents() -> list[Row]:
+    names = {"pytorch": ("float32", 8), "pytorch, uint8": ("ν in one byte", 5), "pytorch, 4 bytes": ("four bytes", 4)}
+    names["pytorch, 3 bytes"] = ("three bytes", 3)
+    return [
+        {"optimizer": names[row["dialect"]][0], "bytes": names[row["dialect"]][1], "return": interval(ends_of(row), 0)}
+        for row in read("agents")["reinforcement"]
+    ]
+
+
+# --- Pages ------------------------------------------------------------------------------------------------
+
+RUN = "python tests/benchmarks/"
+ACCELERATORS = f"{RUN}accelerators.py --json tests/benchmarks/results/"
+# Each table with the results that it is made of, and the commands that make these.
+TABLES: dict[str, tuple[Callable[[], list[Row]], dict[str, str]]] = {
+    "peaks on the front page": (peaks_on_the_front_page, {}),
+    "peaks": (
+        peaks,
+        {
+            "accelerators": f"{ACCELERATORS}accelerators.json --parts peaks",
+            "gpus": f"{ACCELERATORS}gpus.json --chips h100 a100 --parts peaks",
+            "memory": f"{RUN}speed.py --parts memory --json tests/benchmarks/results/memory.json",
+        },
+    ),
+    "times": (
+        times,
+        {
+            "narrow": f'{RUN}speed.py --parts updates --layouts 16M "GPT-2 small" --json tests/benchmarks/results/narrow.json'
+        },
+    ),
+    "programs": (
+        programs,
+        {
+            "accelerators": f"{ACCELERATORS}accelerators.json --layouts 16M",
+            "gpus": f"{ACCELERATORS}gpus.json --chips h100 a100 --layouts 16M",
+        },
+    ),
+    "bounds": (bounds, {}),
+    "evidence": (evidence, {"evidence": f"{RUN}training.py evidence --json tests/benchmarks/results/evidence.json"}),
+    "weights": (weights, {"weights": f"{RUN}training.py weights --json tests/benchmarks/results/weights.json"}),
+    "peers": (peers, {"peers": f"{RUN}training.py peers --json tests/benchmarks/results/peers.json"}),
+    "batches": (batches, {"batches": f"{RUN}training.py batches --json tests/benchmarks/results/batches.json"}),
+    "agents": (agents, {"tuned": f"{RUN}reinforcement.py tuned --json tests/benchmarks/results/tuned.json"}),
+    "narrow agents": (
+        narrow_agents,
+        {
+            "agents": f'{RUN}reinforcement.py dialects --only "A2C, CartPole" --dialects pytorch "pytorch, uint8" '
+            '"pytorch, 4 bytes" "pytorch, 3 bytes" --json tests/benchmarks/results/agents.json'
+        },
+    ),
+}
+
+
+def table(name: str) -> str:
+    make, sources = TABLES[name]
+    machines = [(read(source)["machine"], command) for source, command in sources.items()]
+    lines = [
+        f"{machine}:\n\n    " + "\n    ".join(x for _, x in group)
+        for machine, group in itertools.groupby(machines, lambda x: x[0])
+    ]
+    return "\n\n".join([markdown(make()), *lines])
+
+
+def with_tables(text: str) -> str:
+    """A page with its tables written anew."""
+
+    def written(found: re.Match[str]) -> str:
+        return f"<!-- table: {found[1]} -->\n{table(found[1])}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (.*?) -->\n(?:.*?)<!-- end -->", written, text, flags=re.DOTALL)
+
+
+def pages() -> list[pathlib.Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.md"))]
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(with_tables(page.read_text()))
