@@ -5,8 +5,8 @@ Paste the framework's call, leave out the parameters, and it works::
     torch.optim.RMSprop(params, lr=6e-4, alpha=0.99, eps=0.01)   # becomes
     dialects.pytorch(lr=6e-4, alpha=0.99, eps=0.01)
 
-The body of each function is a row of data: the options of :func:`rmsprop_jax.rmsprop` that the call stands
-for, and what happens to the gradients before. `python -m rmsprop_jax --dialects` prints the rows side by side.
+Each function is a row of data: what becomes of every argument, and which options of :func:`rmsprop_jax.rmsprop`
+the call stands for. `python -m rmsprop_jax --dialects` prints the rows side by side.
 
 The learning rate can be a number or a schedule. Every dialect also takes it as `learning_rate`, which is the
 name in most JAX code. Without either, it is the framework's default.
@@ -16,7 +16,9 @@ compute, such as `foreach`, `use_locking` and `name`, are accepted and change no
 off with 0 is `None` by default; 0 switches it off as well. `state_dtype` and `weight_decay_mask` are those of
 :func:`rmsprop_jax.rmsprop`.
 
-Under :func:`optax.inject_hyperparams`, the hyperparameters are the numbers that were given; defaults stay constants.
+Under :func:`optax.inject_hyperparams`, the hyperparameters are the learning rate, under the name under which it
+was given, and all other numbers that were given or are defaults. 0 is then a number like any other, and turns on
+what `None` leaves off.
 
 The frameworks compute a variance as E[g²] - E[g]². Where that cancels, they differ from us by their
 rounding errors. For complex parameters ν is our average of |g|². PyTorch treats the real and the imaginary part
@@ -25,133 +27,34 @@ as two parameters: put :func:`optax.contrib.split_real_and_imaginary` around a d
 
 # No `from __future__ import annotations`: see _rmsprop.py.
 
-import functools
 import inspect
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _checks, _equality, _gradients
+from . import _checks, _gradients
+from ._dialect import dialect as _dialect, dialect_of, DIALECTS as _DIALECTS, Recipe
 from ._rmsprop import rmsprop
 
 
-Transformation = optax.GradientTransformationExtraArgs
-_P = ParamSpec("_P")
-
-
-class Row(NamedTuple):
-    """The meaning of a dialect's call."""
-
-    options: dict[str, Any]  # the arguments of `rmsprop`
-    before: tuple[optax.GradientTransformation, ...] = ()  # in front of it in the chain
-    accumulate: int | None = None  # number of gradients whose mean makes one update
-
-    def but(self, **options: Any) -> "Row":
-        """The row of a relative, which differs in these options."""
-        return self._replace(options=_options(**self.options | options))
-
-
-class _Entry(NamedTuple):
-    """A dialect's facts."""
-
-    row: Callable[..., Row]
-    signature: inspect.Signature
-    framework: str  # the class, function or paper whose rule it is
-    rate: float | None  # the framework's default learning rate
-
-
-_ENTRIES: dict[Callable[..., Any], _Entry] = {}
-
-
-class _Given(inspect.BoundArguments):
-    """The arguments of a call, without defaults: optax.inject_hyperparams then injects only the arguments given."""
-
-    def apply_defaults(self) -> None:
-        """Leaves the defaults to the dialect."""
-
-
-class _Signature(inspect.Signature):
-    """A signature that says which arguments there are when a call does not fit it, also to optax.inject_hyperparams."""
-
-    dialect = "this dialect"
-
-    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        """As usual, but the error names the dialect and its arguments, and defaults are not applied."""
-        try:
-            return _Given(self, super().bind(*args, **kwargs).arguments)
-        except TypeError as error:
-            raise TypeError(f"{error}: {self.dialect} takes {', '.join(self.parameters)}") from None
-
-
-def _dialect(framework: str, rate: float | None = None) -> Callable[[Callable[_P, Row]], Callable[_P, Transformation]]:
-    """Makes a function that returns a row a function that returns the transformation.
-
-    The row's function gets the learning rate in its first argument, whichever name the caller used for it.
-    """
-
-    def decorate(row: Callable[_P, Row]) -> Callable[_P, Transformation]:
-        @functools.wraps(row)
-        def make(*args: _P.args, **kwargs: _P.kwargs) -> Transformation:
-            arguments = _arguments(make, *args, **kwargs)
-            if arguments[own] is None:
-                raise ValueError(f"{row.__name__} needs {own}: {framework} has no default")
-            called = row(**arguments)  # pyright: ignore[reportCallIssue] (all can be given by name)
-            return _equality.equal_by_arguments(_transformation(called), (row, *arguments.items()))
-
-        signature = _Signature([*inspect.signature(row).parameters.values()], return_annotation=Transformation)
-        signature.dialect = row.__name__
-        own, *_ = signature.parameters
-        setattr(make, "__signature__", signature)  # noqa: B010 (functions do not declare it)
-        make.__annotations__ = row.__annotations__ | {"return": Transformation}
-        _ENTRIES[make] = _Entry(row, signature, framework, rate)
-        return make
-
-    return decorate
-
-
-def _arguments(dialect: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """All arguments of a call by name, the learning rate under the framework's name for it."""
-    if dialect not in _ENTRIES:
-        raise TypeError(f"{dialect!r} is no dialect: allowed are {', '.join(d.__name__ for d in _ENTRIES)}")
-    entry = _ENTRIES[dialect]
-    given = entry.signature.bind(*args, **kwargs).arguments
-    own, *_ = entry.signature.parameters
-    rates = {name: given.pop(name, None) for name in dict.fromkeys((own, "learning_rate"))}
-    rates = {name: rate for name, rate in rates.items() if rate is not None}
-    if len(rates) > 1:
-        raise ValueError(f"{own} and learning_rate are two names of one argument: give one of them, got {rates}")
-    name, rate = next(iter(rates.items()), (own, entry.rate))
-    rate = rate if rate is None or callable(rate) else _checks.number(name, rate, lower=-math.inf)
-    return {p.name: p.default for p in entry.signature.parameters.values()} | given | {own: rate}
-
-
-def _row_of(dialect: Callable[..., Any]) -> Callable[..., Row]:
-    """The function that makes a dialect's row."""
-    return _ENTRIES[dialect].row
-
-
-def _transformation(row: Row) -> Transformation:
-    core = rmsprop(**row.options)
-    chain = optax.chain(*row.before, core) if row.before else core
-    if row.accumulate is None:
-        return optax.with_extra_args_support(chain)
-    steps = optax.MultiSteps(chain, row.accumulate).gradient_transformation()
-    return optax.with_extra_args_support(steps)
+# PyTorch's rule and its relatives: ε outside the root, the learning rate outside the buffer, a coupled decay. The
+# rule of TensorFlow and its relatives is the default of `rmsprop`.
+_TORCH = {"eps_in_sqrt": False, "lr_in_momentum": False, "decoupled": False}
 
 
 # --- Papers -----------------------------------------------------------------------------------------------
 
 
-@_dialect("Hinton's lecture 6.5", rate=0.001)
+@_dialect("Hinton's lecture 6.5", 0.001)
 def hinton(
     learning_rate: optax.ScalarOrSchedule | None = None, decay: ArrayLike = 0.9, *, state_dtype: DTypeLike | None = None
-) -> Row:
+) -> Recipe:
     """Hinton's slide: g / √E[g²], without any ε.
 
     The slide gives no learning rate and no first value. The default rate, 0.001, is the one usually quoted; our
@@ -166,10 +69,10 @@ def hinton(
     References:
         Tieleman and Hinton, Lecture 6.5 - RMSProp, COURSERA: Neural Networks for Machine Learning, 2012.
     """
-    return Row(_options(learning_rate=learning_rate, decay=decay, eps=0.0, state_dtype=state_dtype))
+    return Recipe({"eps": 0.0})
 
 
-@_dialect("arXiv 1308.0850", rate=1e-4)
+@_dialect("arXiv 1308.0850", 1e-4)
 def graves(
     learning_rate: optax.ScalarOrSchedule | None = None,
     decay: ArrayLike = 0.95,
@@ -177,7 +80,7 @@ def graves(
     eps: ArrayLike = 1e-4,
     *,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """Graves' RMSProp for handwriting: centered, with momentum, ε inside the root (equations 38 to 45).
 
     The default rate is 1e-4.
@@ -185,19 +88,14 @@ def graves(
     References:
         `Generating sequences with recurrent neural networks <https://arxiv.org/abs/1308.0850>`_, 2013.
     """
-    return Row(
-        _options(
-            learning_rate=learning_rate,
-            decay=decay,
-            eps=eps,
-            centered=True,
-            momentum=momentum,
-            state_dtype=state_dtype,
-        )
-    )
+    return Recipe({"centered": True})
 
 
-@_dialect("NeuralQLearner.lua", rate=0.00025)
+@_dialect(
+    "NeuralQLearner.lua",
+    0.00025,
+    refused={"gradient_momentum": ("squared_gradient_momentum", "the two decays must be equal: leave it out")},
+)
 def dqn(
     learning_rate: optax.ScalarOrSchedule | None = None,
     gradient_momentum: ArrayLike | None = None,
@@ -205,7 +103,7 @@ def dqn(
     min_squared_gradient: ArrayLike = 0.01,
     *,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """The Nature DQN's RMSProp: centered, ε = 0.01 inside the root, no momentum.
 
     What the paper calls "gradient momentum" is the decay of the mean that centers, and
@@ -221,19 +119,22 @@ def dqn(
     References:
         Mnih et al., Human-level control through deep reinforcement learning, 2015; NeuralQLearner.lua.
     """
-    _checks.refuse("gradient_momentum", gradient_momentum, squared_gradient_momentum, "the two decays must be equal")
-    return Row(
-        _options(
-            learning_rate=learning_rate,
-            decay=squared_gradient_momentum,
-            eps=min_squared_gradient,
-            centered=True,
-            state_dtype=state_dtype,
-        )
-    )
+    return Recipe({"centered": True})
 
 
-@_dialect("dreamerv3 embodied/jax/opt.py", rate=4e-5)
+@_dialect(
+    "dreamerv3 embodied/jax/opt.py",
+    4e-5,
+    converted={
+        "before": "agc",
+        "learning_rate": "beta1 schedule warmup anneal",
+        "momentum": "beta1",
+        "nesterov": "nesterov",
+        "weight_decay": "wd",
+        "weight_decay_mask": "wd wdregex weight_decay_mask",
+    },
+    refused={"momentum": (True, "DreamerV3 takes it and never reads it; beta1=0 turns the average off")},
+)
 def dreamer(
     lr: optax.ScalarOrSchedule | None = None,
     agc: ArrayLike | None = 0.3,
@@ -246,12 +147,12 @@ def dreamer(
     wdregex: str = r"/kernel$",
     schedule: str = "const",
     warmup: float | jax.Array = 1000,
-    anneal: float | jax.Array = 0,
+    anneal: float | jax.Array | None = None,
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """DreamerV3's optimizer (LaProp): clip each tensor adaptively, divide by the root mean square, then average.
 
     With both averages bias corrected, ε outside the root, and norms over whole tensors::
@@ -282,54 +183,39 @@ def dreamer(
     References:
         danijar/dreamerv3 e3f0224: embodied/jax/opt.py, and `_make_opt` in dreamerv3/agent.py.
     """
-    _checks.refuse("momentum", momentum, True, "DreamerV3 takes it and never reads it; beta1=0 turns the average off")
     if schedule not in ("const", "linear", "cosine"):
         raise ValueError(f"schedule={schedule!r}: allowed are 'const', 'linear' and 'cosine'")
     if wd is None and weight_decay_mask is not None:
         raise ValueError("weight_decay_mask needs wd, got wd=None")
     agc, beta1, wd = _checks.limit("agc", agc), _checks.number("beta1", beta1), _checks.off(wd)
-    warmup, anneal = _checks.number("warmup", warmup), _checks.number("anneal", anneal)
+    warmup, end = _checks.number("warmup", warmup), _checks.number("anneal", 0.0 if anneal is None else anneal)
     if not isinstance(beta1, jax.Array) and beta1 >= 1:
         raise ValueError(f"beta1={beta1!r}: allowed is a number in [0, 1), because the average is bias corrected")
-    if schedule == "const" and not _checks.is_traced(anneal):
-        _checks.refuse("anneal", anneal, 0, "it needs schedule='linear' or 'cosine'")
-    elif schedule != "const" and not (_checks.is_traced(anneal) or _checks.is_traced(warmup)) and not anneal > warmup:
-        raise ValueError(f"anneal={anneal!r}: with schedule={schedule!r} it must be larger than warmup={warmup!r}")
+    if schedule == "const" and not _checks.is_traced(end):
+        _checks.refuse("anneal", end, 0, "it needs schedule='linear' or 'cosine'")
+    elif schedule != "const" and not _checks.is_traced(end) and end <= (0 if _checks.is_traced(warmup) else warmup):
+        raise ValueError(f"anneal={end!r}: with schedule={schedule!r} it must be larger than warmup={warmup!r}")
 
-    def rate(count: Any) -> jax.Array:
-        return _annealed(_at(lr, count), count, schedule, warmup, anneal) * _to_average(beta1, count)
+    def annealed(count: Any) -> jax.Array:
+        return _annealed(_at(lr, count), count, schedule, warmup, end) * _to_average(beta1, count)
 
     def by_path(params: optax.Params) -> Any:
         return jax.tree.map_with_path(lambda path, _: _matches(wdregex, path), params)
 
-    decaying: dict[str, Any] = {}
+    options = {"learning_rate": annealed, "momentum": beta1, "nesterov": nesterov, "bias_correction": True} | _TORCH
     if wd is not None:
         strength = _checks.number("wd", wd)
         # The decay is not averaged: divide by what corrects the average.
-        decaying["weight_decay"] = lambda count: strength / _to_average(beta1, count)
-        decaying["weight_decay_mask"] = by_path if weight_decay_mask is None else weight_decay_mask
-    return Row(
-        _options(
-            learning_rate=rate,
-            decay=beta2,
-            eps=eps,
-            eps_in_sqrt=False,
-            momentum=beta1,
-            nesterov=_checks.flag("nesterov", nesterov) and _checks.off(beta1) is not None,
-            bias_correction=True,
-            lr_in_momentum=False,
-            decoupled=True,
-            state_dtype=state_dtype,
-            **decaying,
-        ),
-        before=() if agc is None else (_gradients.clip_adaptively(agc),),
-    )
+        options["weight_decay"] = lambda count: strength / _to_average(beta1, count)
+        options["weight_decay_mask"] = by_path if weight_decay_mask is None else weight_decay_mask
+    before = () if agc is None else (_gradients.clip_adaptively(agc),)
+    return Recipe(options | {"decoupled": True}, before)
 
 
 # --- The PyTorch family -----------------------------------------------------------------------------------
 
 
-@_dialect("torch.optim.RMSprop", rate=1e-2)
+@_dialect("torch.optim.RMSprop", 1e-2, converted={"before": "maximize"}, inert="capturable foreach differentiable")
 def pytorch(
     lr: optax.ScalarOrSchedule | None = None,
     alpha: ArrayLike = 0.99,
@@ -345,7 +231,7 @@ def pytorch(
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """`torch.optim.RMSprop`: ε outside the root, learning rate outside the buffer, coupled decay.
 
     The default rate is 0.01. MindSpore's `mint` and `experimental.optim.RMSprop` follow the same rule. Groups of
@@ -370,36 +256,27 @@ def pytorch(
         >>> print(f"{updates['body'][0]:.3f} {updates['head'][0]:.3f}")
         -0.010 -0.100
 
-        An injected rate keeps the name under which it was given:
+        An injected learning rate keeps the name under which it was given:
 
         >>> for rate in ({"lr": 1e-3}, {"learning_rate": 1e-3}):
         ...     print(list(optax.inject_hyperparams(pytorch)(**rate).init(params).hyperparams))
-        ['lr']
-        ['learning_rate']
+        ['lr', 'alpha', 'eps']
+        ['alpha', 'eps', 'learning_rate']
 
     References:
         torch/optim/rmsprop.py, 2.13.0. Versions 2.14 and 2.15 changed its types and its docstring only.
     """
-    return Row(
-        _options(
-            learning_rate=lr,
-            decay=alpha,
-            eps=eps,
-            eps_in_sqrt=False,
-            centered=centered,
-            momentum=momentum,
-            lr_in_momentum=False,
-            weight_decay=weight_decay,
-            weight_decay_mask=weight_decay_mask,
-            decoupled=False,
-            state_dtype=state_dtype,
-        ),
-        # In front of the decay, which shrinks the parameter either way.
-        before=(_gradients.scale(-1.0),) if _checks.flag("maximize", maximize) else (),
-    )
+    # In front of the decay, which shrinks the parameter either way.
+    return Recipe(_TORCH, (_gradients.scale(-1.0),) if maximize else ())
 
 
-@_dialect("timm.optim.RMSpropTF", rate=1e-2)
+@_dialect(
+    "timm.optim.RMSpropTF",
+    1e-2,
+    converted={"decoupled": "decoupled_decay", "weight_decay": "corrected_weight_decay max_lr"},
+    refused={"caution": (False, "its mask compares the gradient with the buffer, which no chain can do")},
+    inert="foreach",
+)
 def timm(
     lr: optax.ScalarOrSchedule | None = None,
     alpha: ArrayLike = 0.9,
@@ -417,7 +294,7 @@ def timm(
     max_lr: ArrayLike | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """timm's `RMSpropTF`: TensorFlow 1's rule under PyTorch's names, with an average that starts at 1.
 
     The default rate is 0.01. The factory's `rmsproptf` is this one; its `rmsprop` is PyTorch's with alpha=0.9. The
@@ -436,35 +313,20 @@ def timm(
     References:
         timm/optim/rmsprop_tf.py, 1.0.31.
     """
-    _checks.refuse("caution", caution, False, "its mask compares the gradient with the buffer, which no chain can do")
-    decoupled, decay = _checks.flag("decoupled_decay", decoupled_decay), weight_decay
-    if _checks.flag("corrected_weight_decay", corrected_weight_decay):
+    options = {"initial_scale": 1.0, "decoupled": decoupled_decay}
+    if corrected_weight_decay:
         largest = lr if max_lr is None else _checks.positive("max_lr", max_lr)
         if callable(largest) or (max_lr is None and (_checks.is_traced(largest) or largest == 0)):
             raise ValueError("corrected_weight_decay=True needs max_lr, the rate that timm's constructor got")
-        if decoupled and _checks.off(weight_decay) is not None:
+        if decoupled_decay and _checks.off(weight_decay) is not None:
             strength = _checks.number("weight_decay", weight_decay)
-            decay = lambda count: strength * _at(lr, count) / largest  # noqa: E731
+            options["weight_decay"] = lambda count: strength * _at(lr, count) / largest
     elif max_lr is not None:
         raise ValueError(f"max_lr={max_lr!r} needs corrected_weight_decay=True")
-    return Row(
-        _options(
-            learning_rate=lr,
-            decay=alpha,
-            eps=eps,
-            initial_scale=1.0,
-            centered=centered,
-            momentum=momentum,
-            lr_in_momentum=lr_in_momentum,
-            weight_decay=decay,
-            weight_decay_mask=weight_decay_mask,
-            decoupled=decoupled,
-            state_dtype=state_dtype,
-        )
-    )
+    return Recipe(options)
 
 
-@_dialect("RMSpropTFLike of stable_baselines3", rate=1e-2)
+@_dialect("RMSpropTFLike of stable_baselines3", 1e-2)
 def stable_baselines3(
     lr: optax.ScalarOrSchedule | None = None,
     alpha: ArrayLike = 0.99,
@@ -476,7 +338,7 @@ def stable_baselines3(
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """Stable Baselines 3's `RMSpropTFLike`: :func:`pytorch` with ε inside the root and an average that starts at 1.
 
     A2C uses it only with `policy_kwargs=dict(optimizer_class=RMSpropTFLike)`. By default A2C uses
@@ -485,20 +347,15 @@ def stable_baselines3(
     References:
         stable_baselines3/common/sb2_compat/rmsprop_tf_like.py, 2.9.2.
     """
-    row = _row_of(pytorch)(
-        lr,
-        alpha,
-        eps,
-        weight_decay,
-        momentum,
-        centered,
-        weight_decay_mask=weight_decay_mask,
-        state_dtype=state_dtype,
-    )
-    return row.but(initial_scale=1.0, eps_in_sqrt=True)
+    return Recipe(_TORCH | {"initial_scale": 1.0, "eps_in_sqrt": True})
 
 
-@_dialect("pfrl.optimizers.RMSpropEpsInsideSqrt", rate=1e-2)
+@_dialect(
+    "pfrl.optimizers.RMSpropEpsInsideSqrt",
+    1e-2,
+    refused={"maximize": (False, "PFRL takes it and never reads it; pytorch(maximize=True) has it")},
+    inert="capturable foreach differentiable",
+)
 def pfrl(
     lr: optax.ScalarOrSchedule | None = None,
     alpha: ArrayLike = 0.99,
@@ -514,7 +371,7 @@ def pfrl(
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """PFRL's `RMSpropEpsInsideSqrt`, and the one that A3C shares: :func:`pytorch` with ε inside the root.
 
     The default rate is 0.01.
@@ -522,21 +379,23 @@ def pfrl(
     References:
         pfrl/optimizers/rmsprop_eps_inside_sqrt.py, 0.4.0.
     """
-    _checks.refuse("maximize", maximize, False, "PFRL takes it and never reads it; pytorch(maximize=True) has it")
-    row = _row_of(pytorch)(
-        lr,
-        alpha,
-        eps,
-        weight_decay,
-        momentum,
-        centered,
-        weight_decay_mask=weight_decay_mask,
-        state_dtype=state_dtype,
-    )
-    return row.but(eps_in_sqrt=True)
+    return Recipe(_TORCH | {"eps_in_sqrt": True})
 
 
-@_dialect("bitsandbytes.optim.RMSprop", rate=1e-2)
+@_dialect(
+    "bitsandbytes.optim.RMSprop",
+    1e-2,
+    refused={
+        "momentum": (0, "bitsandbytes takes it and no kernel reads it; pytorch(momentum=...) has it"),
+        "centered": (False, "bitsandbytes refuses it as well; pytorch(centered=True) has it"),
+        "optim_bits": (
+            32,
+            "its 8 bits are blocks with codebooks of their own; state_dtype=jnp.uint8 is another way to keep one byte",
+        ),
+        "args": (None, "chain with the transformation that you need"),
+    },
+    inert="min_8bit_size",
+)
 def bitsandbytes(
     lr: optax.ScalarOrSchedule | None = None,
     alpha: ArrayLike = 0.99,
@@ -551,7 +410,7 @@ def bitsandbytes(
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """`bitsandbytes.optim.RMSprop` with 32 bits: :func:`pytorch` without momentum and centering.
 
     The default rate is 0.01.
@@ -559,24 +418,25 @@ def bitsandbytes(
     References:
         bitsandbytes/optim/rmsprop.py, 0.50.2.
     """
-    _checks.refuse(
-        "momentum", momentum, 0, "bitsandbytes takes it and no kernel reads it; pytorch(momentum=...) has it"
-    )
-    _checks.refuse("centered", centered, False, "bitsandbytes refuses it as well; pytorch(centered=True) has it")
-    _checks.refuse(
-        "optim_bits",
-        optim_bits,
-        32,
-        "its 8 bits are blocks with codebooks of their own; state_dtype=jnp.uint8 is another way to keep one byte",
-    )
-    _checks.refuse("args", args, None, "chain with the transformation that you need")
-    return _row_of(pytorch)(lr, alpha, eps, weight_decay, weight_decay_mask=weight_decay_mask, state_dtype=state_dtype)
+    return Recipe(_TORCH)
 
 
 # --- The TensorFlow family --------------------------------------------------------------------------------
 
 
-@_dialect("keras.optimizers.RMSprop", rate=0.001)
+@_dialect(
+    "keras.optimizers.RMSprop",
+    0.001,
+    converted={
+        "before": "clipnorm clipvalue global_clipnorm loss_scale_factor",
+        "accumulate": "gradient_accumulation_steps",
+    },
+    refused={
+        "use_ema": (False, "average the parameters yourself, with optax.incremental_update"),
+        "ema_overwrite_frequency": (None, "overwrite the parameters in your own loop"),
+    },
+    inert="ema_momentum name",
+)
 def keras(
     learning_rate: optax.ScalarOrSchedule | None = None,
     rho: ArrayLike = 0.9,
@@ -596,7 +456,7 @@ def keras(
     *,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """Keras 3, and tf.keras from TensorFlow 2.11 on: ε inside the root, average from 0, decoupled decay.
 
     The default rate is 0.001. At most one of `clipnorm` (each variable), `global_clipnorm` (all together) and
@@ -611,38 +471,30 @@ def keras(
     References:
         keras/src/optimizers/rmsprop.py and base_optimizer.py, 3.15.1.
     """
-    _checks.refuse("use_ema", use_ema, False, "average the parameters yourself, with optax.incremental_update")
-    _checks.refuse(
-        "ema_overwrite_frequency", ema_overwrite_frequency, None, "overwrite the parameters in your own loop"
-    )
     clips = {"clipvalue": clipvalue, "clipnorm": clipnorm, "global_clipnorm": global_clipnorm}
     if sum(clip is not None for clip in clips.values()) > 1:
         raise ValueError(f"only one of clipnorm, clipvalue and global_clipnorm can be set, got {clips}")
-    k = _checks.steps("gradient_accumulation_steps", gradient_accumulation_steps)
+    limits = [_checks.limit(name, clip, lower=-math.inf) for name, clip in clips.items()]
+    before = (*_unscaled("loss_scale_factor", loss_scale_factor), *_gradients.clips(*limits))
+    k = _checks.steps("gradient_accumulation_steps", _checks.off(gradient_accumulation_steps))
+    options: dict[str, Any] = {"decoupled": True}
     if k is not None and callable(learning_rate):
-        schedule = learning_rate
-        learning_rate = lambda count: schedule(k * count + (k - 1))  # noqa: E731
-    return Row(
-        _options(
-            learning_rate=learning_rate,
-            decay=rho,
-            eps=epsilon,
-            centered=centered,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            weight_decay_mask=weight_decay_mask,
-            decoupled=True,
-            state_dtype=state_dtype,
-        ),
-        before=(
-            *_unscaled("loss_scale_factor", loss_scale_factor),
-            *_gradients.clips(*(_checks.limit(name, clip, lower=-math.inf) for name, clip in clips.items())),
-        ),
-        accumulate=k,
-    )
+        options["learning_rate"] = lambda count: learning_rate(k * count + (k - 1))
+    return Recipe(options, before, k)
 
 
-@_dialect("tf.keras.optimizers.legacy.RMSprop", rate=0.001)
+@_dialect(
+    "tf.keras.optimizers.legacy.RMSprop",
+    0.001,
+    converted={
+        "before": "clipnorm clipvalue global_clipnorm",
+        "learning_rate": "decay",
+        "momentum": "momentum",
+        "eps_in_sqrt": "momentum",
+        "eps": "epsilon",
+    },
+    inert="name",
+)
 def tf_keras(
     learning_rate: optax.ScalarOrSchedule | None = None,
     rho: ArrayLike = 0.9,
@@ -656,7 +508,7 @@ def tf_keras(
     clipvalue: ArrayLike | None = None,
     global_clipnorm: ArrayLike | None = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """The legacy tf.keras (TensorFlow 2.0 to 2.10, `tf.keras.optimizers.legacy`): :func:`keras` with an ε that moves.
 
     With momentum it calls TensorFlow's kernel, which has ε inside the root. Without, it runs Python code
@@ -670,20 +522,18 @@ def tf_keras(
     if clipnorm is not None and global_clipnorm is not None:
         raise ValueError(f"only one of {clipnorm=} and {global_clipnorm=} can be set")
     clips = {"clipvalue": clipvalue, "clipnorm": clipnorm, "global_clipnorm": global_clipnorm}
-    clips = {name: None if clip is None else _checks.number(name, clip) for name, clip in clips.items()}
-    slowing = None if _checks.off(decay) is None else _checks.number("decay", decay)
-
-    def decayed(count: Any) -> jax.Array:
-        return _at(learning_rate, count) / (1 + jnp.asarray(slowing, jnp.float32) * jnp.asarray(count, jnp.float32))
-
-    epsilon = 1e-7 if _checks.off(epsilon) is None else epsilon
-    row = _row_of(keras)(learning_rate, rho, momentum, epsilon, centered, state_dtype=state_dtype)
-    return row.but(
-        learning_rate=learning_rate if slowing is None else decayed, eps_in_sqrt=_checks.off(momentum) is not None
-    )._replace(before=_gradients.clips(*clips.values()))
+    limits = [None if clip is None else _checks.number(name, clip) for name, clip in clips.items()]
+    epsilon = jnp.where(epsilon == 0, 1e-7, epsilon) if _checks.is_traced(epsilon) else _checks.off(epsilon) or 1e-7
+    options = {"momentum": momentum, "eps": epsilon, "eps_in_sqrt": _checks.off(momentum) is not None}
+    if _checks.off(decay) is not None:
+        slowing = _checks.number("decay", decay)
+        options["learning_rate"] = lambda count: (
+            _at(learning_rate, count) / (1 + _at(slowing, count) * _at(count, count))
+        )
+    return Recipe(options, _gradients.clips(*limits))
 
 
-@_dialect("tf.compat.v1.train.RMSPropOptimizer")
+@_dialect("tf.compat.v1.train.RMSPropOptimizer", inert="use_locking name")
 def tensorflow1(
     learning_rate: optax.ScalarOrSchedule,
     decay: ArrayLike = 0.9,
@@ -694,7 +544,7 @@ def tensorflow1(
     name: str = "RMSProp",
     *,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """`tf.compat.v1.train.RMSPropOptimizer`: average from 1, ε inside the root, learning rate in the buffer.
 
     Google's and DeepMind's papers on vision and reinforcement learning used it. Their weight decay is part
@@ -715,20 +565,10 @@ def tensorflow1(
     References:
         tensorflow/python/training/rmsprop.py and tensorflow/core/kernels/training_ops.cc, 2.21.
     """
-    return Row(
-        _options(
-            learning_rate=learning_rate,
-            decay=decay,
-            eps=epsilon,
-            initial_scale=1.0,
-            centered=centered,
-            momentum=momentum,
-            state_dtype=state_dtype,
-        )
-    )
+    return Recipe({"initial_scale": 1.0})
 
 
-@_dialect("sonnet.optimizers.RMSProp")
+@_dialect("sonnet.optimizers.RMSProp", inert="name")
 def sonnet(
     learning_rate: optax.ScalarOrSchedule,
     decay: ArrayLike = 0.9,
@@ -738,17 +578,25 @@ def sonnet(
     name: str | None = None,
     *,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """Sonnet 2's `snt.optimizers.RMSProp`: :func:`tensorflow1` with an average that starts from 0.
 
     References:
         sonnet/src/optimizers/rmsprop.py, 2.0.2.
     """
-    row = _row_of(tensorflow1)(learning_rate, decay, momentum, epsilon, centered=centered, state_dtype=state_dtype)
-    return row.but(initial_scale=0.0)
+    return Recipe({})
 
 
-@_dialect("tf.train.rmsprop of @tensorflow/tfjs")
+@_dialect(
+    "tf.train.rmsprop of @tensorflow/tfjs",
+    refused={
+        "centered": (
+            False,
+            "TensorFlow.js subtracts epsilon under the root, √(v - (m² + ε)), which is NaN for a nearly constant "
+            "gradient; keras(centered=True) adds it",
+        )
+    },
+)
 def tensorflowjs(
     learningRate: optax.ScalarOrSchedule | None = None,
     decay: ArrayLike = 0.9,
@@ -758,7 +606,7 @@ def tensorflowjs(
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """TensorFlow.js' `tf.train.rmsprop`: :func:`keras` without its other options.
 
     `epsilon=None` is 1e-7, as in TensorFlow.js where it computes in float32. There is no default rate.
@@ -773,18 +621,20 @@ def tensorflowjs(
     References:
         tfjs-core/src/optimizers/rmsprop_optimizer.ts, 4.22.0.
     """
-    remedy = (
-        "TensorFlow.js subtracts epsilon under the root, √(v - (m² + ε)), which is NaN for a nearly constant gradient"
-    )
-    _checks.refuse("centered", centered, False, f"{remedy}; keras(centered=True) adds it")
-    epsilon = 1e-7 if epsilon is None else epsilon
-    return _row_of(keras)(learningRate, decay, momentum, epsilon, state_dtype=state_dtype)
+    return Recipe({"eps": 1e-7 if epsilon is None else epsilon})
 
 
 # --- Others -----------------------------------------------------------------------------------------------
 
 
-@_dialect("paddle.optimizer.RMSProp")
+@_dialect(
+    "paddle.optimizer.RMSProp",
+    refused={
+        "parameters": (None, "pass the parameters to init and update"),
+        "grad_clip": (None, "chain with optax.clip or optax.clip_by_global_norm in front"),
+    },
+    inert="name",
+)
 def paddle(
     learning_rate: optax.ScalarOrSchedule,
     rho: ArrayLike = 0.95,
@@ -798,7 +648,7 @@ def paddle(
     *,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """`paddle.optimizer.RMSProp`: :func:`sonnet` with a coupled decay.
 
     Its documentation speaks of Nesterov momentum. Its code has plain momentum, and so has this.
@@ -806,13 +656,10 @@ def paddle(
     References:
         python/paddle/optimizer/rmsprop.py and rmsprop_kernel_impl.h, 3.3.1.
     """
-    _checks.refuse("parameters", parameters, None, "pass the parameters to init and update")
-    _checks.refuse("grad_clip", grad_clip, None, "chain with optax.clip or optax.clip_by_global_norm in front")
-    row = _row_of(sonnet)(learning_rate, rho, momentum, epsilon, centered, state_dtype=state_dtype)
-    return row.but(weight_decay=weight_decay, weight_decay_mask=weight_decay_mask, decoupled=False)
+    return Recipe({"decoupled": False})
 
 
-@_dialect("mindspore.nn.RMSProp", rate=0.1)
+@_dialect("mindspore.nn.RMSProp", 0.1, converted={"before": "loss_scale"}, inert="use_locking")
 def mindspore(
     learning_rate: optax.ScalarOrSchedule | None = None,
     decay: ArrayLike = 0.9,
@@ -825,7 +672,7 @@ def mindspore(
     *,
     weight_decay_mask: Any = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """MindSpore's `nn.RMSProp`: :func:`tensorflow1` with a coupled decay. `loss_scale` divides the gradients.
 
     The default rate is 0.1. Its documentation and most of its kernels compute this. The vectorized part of its CPU
@@ -836,9 +683,7 @@ def mindspore(
     References:
         mindspore/nn/optim/rmsprop.py and optimizer.py, 2.10.0.
     """
-    row = _row_of(tensorflow1)(learning_rate, decay, momentum, epsilon, centered=centered, state_dtype=state_dtype)
-    row = row.but(weight_decay=weight_decay, weight_decay_mask=weight_decay_mask, decoupled=False)
-    return row._replace(before=_unscaled("loss_scale", loss_scale))
+    return Recipe({"initial_scale": 1.0, "decoupled": False}, _unscaled("loss_scale", loss_scale))
 
 
 @_dialect("mlx.optimizers.RMSprop")
@@ -848,16 +693,16 @@ def mlx(
     eps: ArrayLike = 1e-8,
     *,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """Apple's `mlx.optimizers.RMSprop`: :func:`pytorch` without momentum, centering and decay.
 
     References:
         python/mlx/optimizers/optimizers.py, 0.32.4.
     """
-    return _row_of(pytorch)(learning_rate, alpha, eps, state_dtype=state_dtype)
+    return Recipe(_TORCH)
 
 
-@_dialect("Optimisers.RMSProp", rate=0.001)
+@_dialect("Optimisers.RMSProp", 0.001)
 def optimisers_jl(
     eta: optax.ScalarOrSchedule | None = None,
     rho: ArrayLike = 0.9,
@@ -866,7 +711,7 @@ def optimisers_jl(
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
     state_dtype: DTypeLike | None = None,
-) -> Row:
+) -> Recipe:
     """`RMSProp(η, ρ, ϵ; centred)` of Optimisers.jl (Flux): :func:`pytorch` without momentum and decay.
 
     The default rate is 0.001. Its documentation calls ρ momentum; it is the decay. Momentum is another rule in its
@@ -875,85 +720,83 @@ def optimisers_jl(
     References:
         Optimisers.jl, src/rules.jl.
     """
-    return _row_of(pytorch)(eta, rho, epsilon, centered=centred, state_dtype=state_dtype)
+    return Recipe(_TORCH)
 
 
 # --- The table --------------------------------------------------------------------------------------------
 
 
-DIALECTS = tuple(_ENTRIES)
+DIALECTS = tuple(_DIALECTS)
+__all__ = [*(dialect.__name__ for dialect in DIALECTS), "options", "table"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def options(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     """The options of :func:`rmsprop_jax.rmsprop` that a dialect's call stands for, all of them, by name.
 
     They do not include what happens to the gradients before: clipping, scaling, a flipped sign, accumulation. The
-    learning rate is `None` where the framework has no default.
+    learning rate is `None` where the framework has no default. Options that act only beside a momentum or a weight
+    decay have their defaults where it is off.
 
     Example:
         >>> options(pytorch, momentum=0.9)["lr_in_momentum"]
         False
 
-        The same rule with a rate of your own:
+        The same rule with a learning rate of your own:
 
         >>> tx = rmsprop(**options(pytorch, momentum=0.9) | {"learning_rate": 3e-4})
     """
-    own, *_ = inspect.signature(dialect).parameters
-    no_rate = {} if {own, "learning_rate"} & arguments.keys() else {own: None}  # where it is required
-    row = inspect.unwrap(dialect)(**_arguments(dialect, **arguments | no_rate))
-    bound = inspect.signature(rmsprop).bind(**row.options)
+    found = dialect_of(dialect)
+    required = {} if {found.own, "learning_rate"} & arguments.keys() else {found.own: None}
+    recipe = found.recipe(found.arguments(**arguments | required))
+    bound = inspect.signature(rmsprop).bind(**recipe.options)
     bound.apply_defaults()
     return bound.arguments
 
 
 def table() -> list[dict[str, str]]:
     """One row per dialect, one column per option in which they differ; "" where a dialect has no such option."""
-
-    def probe(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any] | None:
-        try:
-            return options(dialect, **arguments)
-        except (TypeError, ValueError):  # no such argument, or refused
-            return None
-
+    root = {True: "inside", False: "outside"}
     rows = []
-    for dialect, entry in _ENTRIES.items():
-        plain, decaying = probe(dialect) or {}, probe(dialect, weight_decay=0.1) or probe(dialect, wd=0.1)
-        moving = plain if plain["momentum"] is not None else probe(dialect, momentum=0.9)
-        centering = probe(dialect, centered=True) or probe(dialect, centred=True)
-        root = {True: "inside", False: "outside"}
+    for function, dialect in _DIALECTS.items():
+        plain = options(function)
+        decaying = _if_honoured(function, weight_decay=0.1) or _if_honoured(function, wd=0.1)
+        moving = _if_honoured(function, momentum=0.9) or (plain if plain["momentum"] else None)
         eps = root[plain["eps_in_sqrt"]]
         if moving and moving["eps_in_sqrt"] != plain["eps_in_sqrt"]:
             eps += f", {root[moving['eps_in_sqrt']]} with momentum"
         decay = "" if decaying is None else "decoupled" if decaying["decoupled"] else "coupled"
-        if probe(dialect, weight_decay=0.1, decoupled_decay=True):
-            decay += " or decoupled"
         rows.append(
             {
-                "dialect": dialect.__name__,
-                "lr": "" if entry.rate is None else f"{entry.rate:g}",
+                "dialect": function.__name__,
+                "lr": "" if dialect.learning_rate is None else f"{dialect.learning_rate:g}",
                 "decay": f"{plain['decay']:g}",
                 "eps": f"{plain['eps']:g}",
                 "eps vs root": eps,
                 "first ν": "corrected" if plain["bias_correction"] else f"{plain['initial_scale']:g}",
-                "centered": "always" if plain["centered"] else "option" if centering else "",
+                "centered": "always"
+                if plain["centered"]
+                else "option"
+                if ("centered",) in dialect.honoured.values()
+                else "",
                 "momentum": "" if moving is None else f"{plain['momentum'] or 0:g}",
                 "lr vs buffer": "" if moving is None else root[moving["lr_in_momentum"]],
-                "weight decay": decay,
-                "class or paper": entry.framework,
+                "weight decay": decay + " or decoupled" * ("decoupled_decay" in dialect.honoured),
+                "class or paper": dialect.framework,
             }
         )
     return rows
 
 
-# --- Arguments --------------------------------------------------------------------------------------------
+def _if_honoured(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any] | None:
+    """The options of a call, or None where the dialect has no such argument, or refuses it."""
+    return options(dialect, **arguments) if arguments.keys() <= dialect_of(dialect).honoured.keys() else None
 
 
-def _options(**options: Any) -> dict[str, Any]:
-    """Arguments of `rmsprop` as it takes them, from a framework's: a momentum or a decay of 0 is off."""
-    options = {name: _checks.plain(value) for name, value in options.items()}
-    if options.get("weight_decay") is not None and _checks.off(options["weight_decay"]) is None:
-        options["weight_decay_mask"] = None
-    return options | {name: _checks.off(options.get(name)) for name in ("momentum", "weight_decay")}
+# --- Parts of recipes -------------------------------------------------------------------------------------
 
 
 def _at(value: Any, count: Any) -> jax.Array:

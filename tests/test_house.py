@@ -168,6 +168,7 @@ FLOORS = [
     [f"interop/_{name}" for name in ("keras", "mindspore", "mlx", "optax", "paddle", "pytorch", "tensorflow1")],
     ["interop/_bitsandbytes", "interop/_tensorflow2"],
     ["interop/_table"],
+    ["_dialect"],
     ["dialects", "interop/__init__"],
     ["_metrics"],
     ["__main__"],
