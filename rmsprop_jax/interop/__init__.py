@@ -1,4 +1,4 @@
-"""Carry a half-finished run over from another framework, or into another wrapper or other options, and back.
+"""Carry a half-finished run over from another framework, and back.
 
 Accumulators have the names and shapes of the weights. So the function that converts your weights, from a
 dict of NumPy arrays by name to a tree of parameters, converts them as well::
@@ -6,31 +6,35 @@ dict of NumPy arrays by name to a tree of parameters, converts them as well::
     def convert(arrays):  # torch's Linear is (out, in), Flax's kernel (in, out)
         return {"kernel": arrays["fc.weight"].T, "bias": arrays["fc.bias"]}
 
-    weights = dict(model.named_parameters())  # in the order of the optimizer's groups, if it has several
-    params = convert({name: w.detach().numpy() for name, w in weights.items()})
-    state = interop.from_pytorch(optimizer.state_dict(), weights, convert)
+    params = convert({name: w.detach().numpy() for name, w in model.named_parameters()})
+    state = interop.from_pytorch(optimizer, model, convert)
+    state = carry_over(state, tx.init(params))
 
-Go on with the dialect of that name, its options and its schedule: the count comes along, and the run
-continues as if it had never stopped. The `from_` functions return a bare :class:`RMSPropState`, in float32.
-To place it inside wrappers, to keep it in fewer bytes, or to change options, continue with
-`from_rmsprop(state, tx.init(params))`, which also checks every path and shape. The `to_` functions find our
-state inside any wrapper.
+Continue with the dialect of that name, its options and its schedule: the run continues as if it had never stopped.
+:func:`table` says which function reads which file, and which dialect continues.
 
-:func:`table` says which function reads which file.
+Every `from_` function takes the checkpoint, `convert` (without it the state has the dict itself) and `count`, the
+updates made so far, which schedules need: `None` stands for the checkpoint's own, and is an error where it has none.
+It returns a bare :class:`RMSPropState`, in float32. :func:`rmsprop_jax.carry_over` places it inside wrappers, keeps it
+in fewer bytes, changes options, and checks every path and shape. The `to_` functions find our state inside any wrapper.
+
+What does not fit is a `ValueError` that says what, and what to do: names, slots or shapes that differ, or are there
+twice; a slot that is missing though the framework always writes it; the checkpoint of another optimizer, class or
+framework; anything in the place of an array that is no array of numbers; a count that is no integer.
+Names of compiled or wrapped models begin with `_orig_mod.` or `module.`, which `convert` strips:
+`name.removeprefix("module.")`.
 
 A model may lose a layer on the way, or get a new one, or another one in the place of an old one. `convert` has to use
-every array, so it says which ones it drops. What is new is masked there, and `from_rmsprop` starts it with its
-first value::
+every array, so it says which ones it drops. What is new is masked there, and `carry_over` starts it with its first
+value::
 
     def convert(arrays):
         arrays["head.weight"] = arrays["head.bias"] = None  # dropped
         return {"body": {"kernel": arrays["body.weight"].T}, "new_head": optax.MaskedNode()}
 
-    state = interop.from_rmsprop(interop.from_pytorch(checkpoint, weights, convert), tx.init(new_params))
+    state = carry_over(interop.from_pytorch(optimizer, model, convert), tx.init(new_params))
 
-Two things are converted on the way. Frameworks keep E[g²] where our centered state keeps the variance
-E[g²] - |E[g]|². And Optax's momentum buffer has the opposite sign of everybody else's.
-
+Frameworks keep E[g²] where our centered state keeps the variance E[g²] - |E[g]|²: that is converted on the way.
 Every array of a result has a buffer of its own, so a training step may donate the state.
 """
 

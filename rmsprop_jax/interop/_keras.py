@@ -6,9 +6,93 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import _checks
 from .._rmsprop import RMSPropState
 from .._text import listed, repeated
-from ._named import array, Arrays, arrays_of, Convert, ConvertBack, pairs, state_of
+from ._arrays import pairs, whole
+from ._named import arrays_of, Convert, ConvertBack, Entry, Optimizer, state_of
+
+
+__all__ = ["from_keras", "state_of_variables", "to_keras"]
+
+
+def from_keras(
+    checkpoint: Any,
+    convert: Convert | None = None,
+    *,
+    count: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+) -> RMSPropState:
+    """The state of `dialects.keras` from the variables of a Keras optimizer, in any order.
+
+    The variables of the loss scaler that `mixed_float16` puts around it, and the averaged weights of `use_ema`,
+    are passed over: the update does not depend on them. The generations have different names:
+
+    ======================  ================================================================
+    Keras 3                 `rmsprop/d_kernel_velocity`, and `rmsprop/iteration`
+    tf.keras 2.11 to 2.15   `RMSprop/velocity/d/kernel:0`, and `iteration:0`
+    tf.keras before, and    `RMSprop/d/kernel/rms:0`, and `RMSprop/iter:0`; the state is that
+    its `legacy` class      of `dialects.tf_keras`
+    Keras 2.3 and before    numbers: `accumulator_0`, and `RMSprop/iterations:0`; the state is
+                            that of `dialects.tf_keras`
+    ======================  ================================================================
+
+    HDF5 files of saved models (`model.h5`) have these names. The files in a `.keras` archive, and `.weights.h5`, have
+    numbers, in the order of the model's weights, and so has the list that `optimizer.get_weights()` returns. Where
+    Keras is not at hand to load them, give them names::
+
+        with zipfile.ZipFile("model.keras") as archive, h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
+            group = file["optimizer/vars"]
+            values = [group[str(i)][()] for i in range(len(group))]
+        slots = ["velocity", "momentum"]  # then "average_gradient"; those that the optimizer has
+        names = ["iteration", "learning_rate"]  # before Keras 3 without "learning_rate"
+        names += [f"{weight}_{slot}" for slot in slots for weight in weights]
+        state = interop.from_keras(zip(names, values, strict=True), convert)
+
+    Args:
+        checkpoint: `[(v.path, v.numpy()) for v in optimizer.variables]`. Of tf.keras:
+            `[(v.name, v.numpy()) for v in optimizer.variables()]`. Or nested mappings, such as
+            `h5py.File("model.h5")`.
+        convert: from arrays by name to a tree of parameters. Keras 3 names an accumulator by the path of its
+            weight, with "_" for "/": `sequential/d1/kernel` is `sequential_d1_kernel` here. `None`: the dict.
+        count: of updates. `None` stands for the optimizer's iteration.
+        gradient_accumulation_steps: the optimizer's own. Needed where it has accumulators.
+
+    Example:
+        >>> variables = [("rmsprop/iteration", 7), ("rmsprop/d1_kernel_velocity", np.ones(2))]
+        >>> int(from_keras(variables, lambda arrays: {"kernel": arrays["d1_kernel"]}).count)
+        7
+
+    References:
+        keras/src/optimizers/rmsprop.py and base_optimizer.py, 3.15.1.
+    """
+    named = list(pairs(checkpoint))
+    saved = [(path, x) for path, x in named if path.startswith(HDF5)]  # of a whole file, which has the weights
+    variables = [(path.removeprefix(HDF5).removesuffix(":0"), x) for path, x in saved or named]
+    return state_of_variables(variables, convert, count, gradient_accumulation_steps)
+
+
+def to_keras(state: Any, convert_back: ConvertBack) -> list[tuple[str, np.ndarray]]:
+    """Names and values for the variables of a Keras 3 optimizer.
+
+    Example::
+
+        values = dict(interop.to_keras(state, back))
+        for variable in optimizer.variables:  # after optimizer.build(model.trainable_variables)
+            if variable.name != "learning_rate":
+                variable.assign(values[variable.name])
+
+    Args:
+        state: of `dialects.keras`. With `gradient_accumulation_steps=k` Keras counts gradients: multiply the
+            iteration by k.
+        convert_back: from a tree of parameters to arrays by name, as in :func:`from_keras`.
+    """
+    count, slots = arrays_of(state, convert_back)
+    theirs = KERAS_3.slots
+    return [("iteration", count), *((f"{name}_{theirs[slot]}", x) for slot in slots for name, x in slots[slot].items())]
+
+
+# --- The generations --------------------------------------------------------------------------------------
 
 
 class Generation(NamedTuple):
@@ -45,110 +129,27 @@ FOLDERS = ("", "optimizer", "inner_optimizer", "vars", "rmsprop")  # where they 
 OTHERS = ("adam", "adamw", "nadam", "adamax", "sgd", "adagrad", "adadelta", "ftrl", "lion", "lamb", "muon")
 
 
-def from_keras(
-    variables: Iterable[tuple[str, Any]],
-    convert: Convert | None = None,
-    gradient_accumulation_steps: int | None = None,
+def state_of_variables(
+    variables: list[tuple[str, Any]], convert: Convert | None, count: int | None, steps: int | None
 ) -> RMSPropState:
-    """The state of `dialects.keras` from the variables of a Keras optimizer, in any order.
-
-    The variables of the loss scaler that `mixed_float16` puts around it, and the averaged weights of `use_ema`,
-    are passed over: the update does not depend on them. The generations have different names:
-
-    ======================  ================================================================
-    Keras 3                 `rmsprop/d_kernel_velocity`, and `rmsprop/iteration`
-    tf.keras 2.11 to 2.15   `RMSprop/velocity/d/kernel:0`, and `iteration:0`
-    tf.keras before, and    `RMSprop/d/kernel/rms:0`, and `RMSprop/iter:0`; the state is that
-    its `legacy` class      of `dialects.tf_keras`
-    Keras 2.3 and before    numbers: `accumulator_0`, and `RMSprop/iterations:0`; the state is
-                            that of `dialects.tf_keras`
-    ======================  ================================================================
-
-    HDF5 files of saved models (`model.h5`) have these names. The files in a `.keras` archive, and `.weights.h5`, have
-    numbers, in the order of the model's weights, and so has the list that `optimizer.get_weights()` returns. Where
-    Keras is not at hand to load them, give them names::
-
-        with zipfile.ZipFile("model.keras") as archive, h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
-            group = file["optimizer/vars"]
-            values = [group[str(i)][()] for i in range(len(group))]
-        slots = ["velocity", "momentum"]  # then "average_gradient"; those that the optimizer has
-        names = ["iteration", "learning_rate"]  # before Keras 3 without "learning_rate"
-        names += [f"{weight}_{slot}" for slot in slots for weight in weights]
-        state = interop.from_keras(zip(names, values, strict=True), convert)
-
-    Args:
-        variables: `[(v.path, v.numpy()) for v in optimizer.variables]`. Of tf.keras:
-            `[(v.name, v.numpy()) for v in optimizer.variables()]`. Or nested mappings, such as
-            `h5py.File("model.h5")`.
-        convert: from arrays by name to a tree of parameters. Keras 3 names an accumulator by the path of its
-            weight, with "_" for "/": `sequential/d1/kernel` is `sequential_d1_kernel` here. `None`: the dict.
-        gradient_accumulation_steps: the optimizer's own. Needed where it has accumulators.
-
-    Raises:
-        ValueError: names, slots or shapes do not fit; the error lists which. Or the variables are another
-            optimizer's, or have no iteration, or several that differ.
-
-    Example:
-        >>> variables = [("rmsprop/iteration", 7), ("rmsprop/d1_kernel_velocity", np.ones(2))]
-        >>> int(from_keras(variables, lambda arrays: {"kernel": arrays["d1_kernel"]}).count)
-        7
-
-    References:
-        keras/src/optimizers/rmsprop.py and base_optimizer.py, 3.15.1.
-    """
-    found = _by_path(variables)
+    """The state from all variables of an optimizer by their paths, without what files and TensorFlow add to them."""
+    if twice := repeated(path for path, _ in variables):
+        raise ValueError(f"the checkpoint has {listed(twice)} twice")
+    found = dict(variables)
     generation, matches = _accumulators(found)
-    others = {path: value for path, value in found.items() if path not in matches}
+    others = {path: x for path, x in found.items() if path not in matches}
     # A loss scaler puts its own name in front of the optimizer's.
     scopes = dict.fromkeys(_last(match["scope"] or "") for match in matches.values())
     _check_is_rmsprop(generation, matches, others, _optimizer_name(scopes, found))
-    _check_one_optimizer(matches)
-    k = _checked_steps(others, gradient_accumulation_steps)
-    count, rest = divmod(_iteration(others, scopes), k)
-    if rest:
-        raise ValueError(f"{rest} of {k} gradients are accumulated: save after an update")
-    slot_of = {theirs: slot for slot, theirs in generation.slots.items()}
-    columns: dict[str, Arrays] = {slot_of[match["slot"]]: {} for match in matches.values()}
-    for path, match in matches.items():
-        columns[slot_of[match["slot"]]][match["weight"]] = array(found[path])
-    return state_of(columns, generation.slots, convert, count)
-
-
-def to_keras(state: Any, convert_back: ConvertBack) -> list[tuple[str, np.ndarray]]:
-    """Names and values for the variables of a Keras 3 optimizer.
-
-    Example::
-
-        values = dict(interop.to_keras(state, back))
-        for variable in optimizer.variables:  # after optimizer.build(model.trainable_variables)
-            if variable.name != "learning_rate":
-                variable.assign(values[variable.name])
-
-    Args:
-        state: of `dialects.keras`. With `gradient_accumulation_steps=k` Keras counts gradients: multiply the
-            iteration by k.
-        convert_back: from a tree of parameters to arrays by name, as in :func:`from_keras`.
-    """
-    count, slots = arrays_of(state, convert_back)
-    named = [(f"{name}_{KERAS_3.slots[slot]}", x) for slot, arrays in slots.items() for name, x in arrays.items()]
-    return [("iteration", count), *named]
-
-
-# --- Reading ----------------------------------------------------------------------------------------------
-
-
-def _by_path(variables: Any) -> dict[str, Any]:
-    """The variables by their paths, without what TensorFlow and HDF5 files add."""
-    named = list(pairs(variables))
-    saved = [(path, value) for path, value in named if path.startswith(HDF5)]  # of a whole file, which has the weights
-    named = [(path.removeprefix(HDF5).removesuffix(":0"), value) for path, value in saved or named]
-    if twice := repeated(path for path, _ in named):
-        raise ValueError(f"variables has {listed(twice)} twice")
-    return dict(named)
+    entries = [Entry(match["slot"], match["weight"], found[path], path) for path, match in matches.items()]
+    optimizer = Optimizer("Keras' RMSprop", generation.slots)
+    return state_of(optimizer, entries, convert, count, _updates(others, scopes, steps))
 
 
 def _accumulators(paths: Iterable[str]) -> tuple[Generation, dict[str, re.Match[str]]]:
     """The paths of accumulators, in the generation that knows most of them."""
+    scopes = [path.removesuffix("/iter") for path in paths if path.endswith("/iter")]  # only LEGACY has it
+    legacy = LEGACY._replace(pattern=LEGACY.pattern.replace("[^/]+", "|".join([*map(re.escape, scopes), "[^/]+"]), 1))
 
     def known(generation: Generation) -> dict[str, re.Match[str]]:
         matches = {path: re.fullmatch(generation.pattern, path) for path in paths}
@@ -158,7 +159,9 @@ def _accumulators(paths: Iterable[str]) -> tuple[Generation, dict[str, re.Match[
         generation, matches = item
         return any(match["slot"] == generation.slots["nu"] for match in matches.values()), len(matches)
 
-    return max(((generation, known(generation)) for generation in (KERAS_3, LEGACY, TF_KERAS)), key=has_nu_and_most)
+    # A path may fit two: names of weights and layers may be those of slots.
+    generations = (legacy, TF_KERAS, KERAS_3) if scopes else (TF_KERAS, KERAS_3, LEGACY)
+    return max(((generation, known(generation)) for generation in generations), key=has_nu_and_most)
 
 
 def _check_is_rmsprop(
@@ -192,36 +195,20 @@ def _optimizer_name(scopes: Iterable[str], paths: Iterable[str]) -> str:
     return re.sub(r"_\d+$", "", next(iter([*scopes, *folders]), "")).lower()
 
 
-def _check_one_optimizer(matches: Mapping[str, re.Match[str]]) -> None:
-    """Raises if two accumulators are of one name."""
-    first: dict[tuple[str, str], str] = {}
-    for path, match in matches.items():
-        other = first.setdefault((match["slot"], match["weight"]), path)
-        if other != path:
-            raise ValueError(f"two accumulators of one name cannot be told apart: {other} and {path}")
-
-
-def _checked_steps(others: Iterable[str], steps: int | None) -> int:
-    """How many gradients make an update."""
+def _updates(others: Mapping[str, Any], scopes: Iterable[str], steps: int | None) -> dict[str, int]:
+    """The iterations or, as a loss scaler has one as well, those beside the accumulators, in updates."""
+    k = _checks.steps("gradient_accumulation_steps", _checks.off(steps))
     accumulators = [path for path in others if path.endswith("_gradient_accumulator")]
-    if bool(accumulators) != (steps is not None):
+    if bool(accumulators) != (k is not None):
         raise ValueError(
             f"gradient_accumulation_steps={steps}, but the optimizer has {len(accumulators)} gradient accumulators: "
             "pass the optimizer's own number"
         )
-    return 1 if steps is None else steps
-
-
-def _iteration(others: Mapping[str, Any], scopes: Iterable[str]) -> int:
-    """The only iteration there is or, as a loss scaler has one as well, the only one beside the accumulators."""
-    found = {path: int(array(value)) for path, value in others.items() if re.fullmatch(ITERATION, path)}
-    beside = {path: value for path, value in found.items() if _last(path.rpartition("/")[0]) in scopes}
-    values = set((beside or found).values())
-    if not values:
-        raise ValueError('variables has no iteration: add ("iteration", the number of updates)')
-    if len(values) > 1:
-        raise ValueError(f"variables has several iterations, which differ: {beside or found}. Leave out the wrong ones")
-    return values.pop()
+    found = {path: whole(path, x) for path, x in others.items() if re.fullmatch(ITERATION, path)}
+    beside = {path: x for path, x in found.items() if _last(path.rpartition("/")[0]) in scopes} or found
+    if k and any(x % k for x in beside.values()):
+        raise ValueError(f"{[x % k for x in beside.values()]} of {k} gradients are accumulated: save after an update")
+    return {path: x // (k or 1) for path, x in beside.items()}
 
 
 def _last(path: str) -> str:

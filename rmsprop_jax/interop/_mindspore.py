@@ -4,56 +4,62 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._rmsprop import RMSPropState
-from ._named import by_slot, Convert, count_of, somebody_else, state_of
+from ._arrays import mapping
+from ._named import Convert, Entry, Optimizer, state_of
 
 
-SLOTS = {"nu": "mean_square", "mu": "mean_grad", "trace": "moment"}
-OTHERS = {
-    "moment1": "Adam or one of its kin",
-    "stat": "SGD",
-    "moments": "Momentum",
-    "accum": "Adagrad or Adadelta",
-}
+__all__ = ["from_mindspore"]
+
+RMSPROP = Optimizer(
+    "MindSpore's RMSProp",
+    {"nu": "mean_square", "mu": "mean_grad", "trace": "moment"},
+    always=("nu", "trace"),
+    others={
+        "moment1": "Adam or one of its kin",
+        "stat": "SGD",
+        "moments": "Momentum",
+        "accum": "Adagrad or Adadelta",
+    },
+)
 
 
-def from_mindspore(arrays: Mapping[str, Any], convert: Convert | None = None, count: int | None = None) -> RMSPropState:
+def from_mindspore(
+    checkpoint: Mapping[str, Any], convert: Convert | None = None, *, count: int | None = None
+) -> RMSPropState:
     """The state of `dialects.mindspore` from a `.ckpt` file::
 
-        arrays = mindspore.load_checkpoint("net.ckpt")
+        checkpoint = mindspore.load_checkpoint("net.ckpt")
 
     Weights and everything else in the file are passed over. Averages start at 1; those of old releases started at
     0. Either way they come along.
 
     Args:
-        arrays: by name: `mean_square.fc.weight`, `moment.fc.weight` and, if centered, `mean_grad.fc.weight`.
+        checkpoint: arrays by name: `mean_square.fc.weight`, `moment.fc.weight` and, if centered,
+            `mean_grad.fc.weight`.
         convert: from arrays by name (`"fc.weight"`) to a tree of parameters. `None`: the dict itself.
         count: of updates. `None` stands for the file's `global_step`.
 
     Returns:
-        The state. MindSpore has its moment even for a momentum of zero. Without momentum, go on with
+        The state. MindSpore has its moment even for a momentum of zero. Without momentum, continue with
         `state._replace(trace=None)`.
-
-    Raises:
-        ValueError: names, slots or shapes do not fit; the error lists which. Or there is no count, or the arrays
-            are another optimizer's.
 
     Example:
         >>> import numpy as np
-        >>> arrays = {"mean_square.w": np.ones(2), "moment.w": np.zeros(2), "global_step": np.array([7])}
-        >>> int(from_mindspore(arrays, lambda arrays: arrays["w"]).count)
+        >>> checkpoint = {"mean_square.w": np.ones(2), "moment.w": np.zeros(2), "global_step": np.array([7])}
+        >>> int(from_mindspore(checkpoint, lambda arrays: arrays["w"]).count)
         7
 
     References:
         mindspore/nn/optim/rmsprop.py, 2.10.0.
     """
-    parts = {key: key.partition(".") for key in arrays}
-    weights = {name for kind, _, name in parts.values() if kind == SLOTS["nu"]}
-    if not weights:
-        raise somebody_else("MindSpore's RMSProp", OTHERS, {kind for kind, *_ in parts.values()}, arrays)
-    # A layer may be called "moment": its weights are no accumulators.
-    found = [
-        (kind, name, arrays[key])
-        for key, (kind, _, name) in parts.items()
-        if kind in SLOTS.values() and name in weights
+    parts = {key: key.partition(".") for key in mapping(checkpoint)}
+    every = [Entry(kind, name, checkpoint[key], key) for key, (kind, _, name) in parts.items()]
+    # A layer may be called "moment". Its weights are no accumulators, and are named by theirs if they train.
+    weights = {name for kind, _, name in parts.values() if kind == RMSPROP.slots["nu"]} | set(checkpoint)
+    own = [
+        entry
+        for entry in every
+        if entry.slot in RMSPROP.slots.values() and entry.name in weights and f"mean_square.{entry.key}" not in checkpoint
     ]
-    return state_of(by_slot(SLOTS, found), SLOTS, convert, count_of(count, arrays.get("global_step")))
+    stored = {key: x for key, x in checkpoint.items() if key == "global_step"}
+    return state_of(RMSPROP, own or every, convert, count, stored)

@@ -3,32 +3,34 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from .._rmsprop import RMSPropState
 from .._text import listed
-from ._named import by_slot, Convert, count_of, somebody_else, state_of
+from ._arrays import mapping
+from ._named import Convert, Entry, Optimizer, state_of
 
 
-SLOTS = {"nu": "v"}
-OTHERS = {"u": "AdaDelta", "m": "Adam, one of its kin, or Lion"}
+__all__ = ["from_mlx"]
+
+RMSPROP = Optimizer(
+    "MLX's RMSprop", {"nu": "v"}, others={"u": "AdaDelta", "m": "Adam, one of its kin, or Lion"}
+)
 
 
-def from_mlx(arrays: Mapping[str, Any], convert: Convert | None = None, count: int | None = None) -> RMSPropState:
+def from_mlx(checkpoint: Mapping[str, Any], convert: Convert | None = None, *, count: int | None = None) -> RMSPropState:
     """The state of `dialects.mlx` from an optimizer's flattened state, as safetensors files have it::
 
         mx.save_safetensors("optimizer.safetensors", dict(mlx.utils.tree_flatten(optimizer.state)))
-        arrays = mx.load("optimizer.safetensors")  # or safetensors.numpy.load_file
+        checkpoint = mx.load("optimizer.safetensors")  # or safetensors.numpy.load_file
 
     SGD and Adagrad keep one array under the same name. SGD's is refused for its sign. Nothing in the file tells that
     it is Adagrad's: which of the two it was, only you know.
 
     Args:
-        arrays: by name: `layers.0.weight.v`, with `step` and `learning_rate`.
+        checkpoint: arrays by name: `layers.0.weight.v`, with `step` and `learning_rate`.
         convert: from arrays by name (`"layers.0.weight"`) to a tree of parameters. `None`: the dict itself.
         count: of updates. `None` stands for the `step`.
-
-    Raises:
-        ValueError: names or shapes do not fit; the error lists which. Or there is no count, or the arrays are
-            another optimizer's.
 
     Example:
         >>> import numpy as np
@@ -39,16 +41,15 @@ def from_mlx(arrays: Mapping[str, Any], convert: Convert | None = None, count: i
     References:
         python/mlx/optimizers/optimizers.py, 0.32.4.
     """
+    arrays = dict(mapping(checkpoint))
     if nested := [key for key, x in arrays.items() if isinstance(x, (Mapping, list))]:
         raise ValueError(f"{listed(nested)} are not arrays: pass dict(mlx.utils.tree_flatten(optimizer.state))")
     if bits := [key for key, x in arrays.items() if str(getattr(x, "dtype", "")) == "mlx.core.bfloat16"]:
         raise ValueError(f"{listed(bits)} is bfloat16, which NumPy does not have: cast with x.astype(mx.float32)")
-    parts = {key: key.rpartition(".") for key in arrays if key not in ("step", "learning_rate")}
-    kinds = {kind for *_, kind in parts.values()}
-    if kinds != {SLOTS["nu"]}:
-        raise somebody_else("MLX's RMSprop", OTHERS, kinds, parts)
-    found = [(kind, name, arrays[key]) for key, (name, _, kind) in parts.items()]
-    slots, updates = by_slot(SLOTS, found), count_of(count, arrays.get("step"))
-    if updates and not any(x.any() for x in slots["nu"].values()):
-        raise ValueError(f"every v is 0 after {updates} updates, as in MLX's SGD without momentum")
-    return state_of(slots, SLOTS, convert, updates)
+    stored = {key: arrays.pop(key) for key in ("step", "learning_rate") if key in arrays}
+    stored.pop("learning_rate", None)
+    entries = [Entry(*key.rpartition(".")[::-2], x, key) for key, x in arrays.items()]
+    state = state_of(RMSPROP, entries, convert, count, stored)
+    if state.count and not any(x.any() for x in jax.tree.leaves(state.nu)):
+        raise ValueError(f"every v is 0 after {state.count} updates, as in MLX's SGD without momentum")
+    return state

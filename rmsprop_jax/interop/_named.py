@@ -1,7 +1,7 @@
-"""Accumulators by the names of their weights, as frameworks keep them, from and to trees of parameters."""
+"""What all readers and writers do: from and to arrays by slot and by the name of their weight."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,60 +12,122 @@ from .. import _storage
 from .._rmsprop import RMSPropState
 from .._text import listed, repeated
 from . import _carry, _rows
+from ._arrays import array, updates
 
+
+__all__ = ["Arrays", "arrays_of", "Convert", "ConvertBack", "Entry", "Optimizer", "somebody_else", "state_of"]
 
 Arrays = dict[str, np.ndarray]
 Convert = Callable[[Arrays], Any]
 ConvertBack = Callable[[Any], Mapping[str, Any]]
 
 
+class Optimizer(NamedTuple):
+    """The RMSProp of a framework, as its checkpoints show it."""
+
+    title: str
+    slots: Mapping[str, str]  # its names of our slots
+    always: Sequence[str] = ("nu",)  # those of our slots that it writes with all options
+    others: Mapping[str, str] = {}  # other optimizers, by slots that RMSProp does not have
+
+
+class Entry(NamedTuple):
+    """One array of a checkpoint."""
+
+    slot: str  # the framework's name of it
+    name: str  # of the weight
+    array: Any
+    key: str  # what the checkpoint calls it
+
+
 # --- From a framework -------------------------------------------------------------------------------------
 
 
 def state_of(
-    slots: Mapping[str, Arrays],
-    foreign: Mapping[str, str],
+    optimizer: Optimizer,
+    entries: Iterable[Entry],
     convert: Convert | None,
-    count: int,
-    names: Iterable[str] = (),
+    count: int | None,
+    stored: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...] | None] | None = None,
 ) -> RMSPropState:
-    """A state from arrays by our slots and by the weights' names.
+    """The state from all accumulators of a checkpoint, in any order.
 
     Args:
-        slots: the arrays. ν is E[g²].
-        foreign: the framework's names of the slots, for errors.
+        optimizer: whose they should be.
+        entries: the arrays. ν is E[g²].
         convert: from arrays by name to a tree of parameters. None: the dict itself.
-        count: of updates.
-        names: of weights that must be there.
+        count: of updates, if the caller says it.
+        stored: counts that the checkpoint has, by its names for them.
+        shapes: of the weights that must be there, by name; None where nobody knows.
     """
-    names = sorted(set(names).union(*slots.values()))
-    lacking = {foreign[slot]: [name for name in names if name not in arrays] for slot, arrays in slots.items()}
-    lacking = {slot: missing for slot, missing in lacking.items() if missing}
-    if lacking or not names:
-        raise ValueError(f"the checkpoint lacks {lacking or list(foreign.values())}")
-    _check_shapes(slots, foreign)
-    if negative := [name for name, x in slots["nu"].items() if (x < 0).any()]:
-        raise ValueError(
-            f"{foreign['nu']} of {listed(negative)} is negative: it averages no squares. Another optimizer's?"
-        )
+    slots = _by_slot(optimizer, list(entries))
+    _check_whole(optimizer, slots, shapes or {})
+    made = updates(count, stored)
     convert = convert or dict
     try:
         _check_convert(convert, slots["nu"])
     except KeyError as error:
+        names = sorted(slots["nu"])
         hint = "; strip prefixes as `module.` in convert" if any("." in name for name in names) else ""
         raise ValueError(f"convert asks for {error}, the checkpoint has {names}{hint}") from error
     trees = {slot: convert(dict(arrays)) for slot, arrays in slots.items()}
     if "mu" in trees:
         trees["nu"] = jax.tree.map(_rows.variance, trees["nu"], trees["mu"])
     arrays = {slot: jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree) for slot, tree in trees.items()}
-    return RMSPropState(count=jnp.asarray(count, jnp.int32), **arrays)
+    return RMSPropState(count=jnp.asarray(made, jnp.int32), **arrays)
 
 
-def _check_shapes(slots: Mapping[str, Arrays], foreign: Mapping[str, str]) -> None:
-    for name in slots["nu"]:
-        shapes = {foreign[slot]: arrays[name].shape for slot, arrays in slots.items()}
+def _by_slot(optimizer: Optimizer, entries: list[Entry]) -> dict[str, Arrays]:
+    """The arrays by our slots and by name; raises if they are not this optimizer's."""
+    kinds, theirs = {entry.slot for entry in entries}, optimizer.slots
+    if not kinds <= set(theirs.values()) or theirs["nu"] not in kinds:
+        foreign = [entry.key for entry in entries if entry.slot not in theirs.values()]
+        raise somebody_else(optimizer, kinds, foreign or [entry.key for entry in entries])
+    first: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        other = first.setdefault((entry.slot, entry.name), entry)
+        if other is not entry:
+            raise ValueError(
+                f"the checkpoint has {entry.slot} of {entry.name} twice, and they cannot be told apart: "
+                f"{other.key} and {entry.key}"
+            )
+    return {
+        slot: {entry.name: array(entry.key, entry.array) for entry in entries if entry.slot == kind}
+        for slot, kind in theirs.items()
+        if kind in kinds or slot in optimizer.always
+    }
+
+
+def somebody_else(optimizer: Optimizer, kinds: Iterable[str], found: Iterable[Any]) -> ValueError:
+    """The error for the checkpoint of another optimizer, which the names of its slots or options give away."""
+    kinds, found = set(kinds), listed(found)
+    nothing = "another optimizer" if found else "one that keeps nothing, as SGD"
+    kind = next((kind for slot, kind in optimizer.others.items() if slot in kinds), nothing)
+    return ValueError(f"not the checkpoint of {optimizer.title}, but of {kind}: it has {found or 'no accumulators'}")
+
+
+def _check_whole(
+    optimizer: Optimizer, slots: Mapping[str, Arrays], known: Mapping[str, tuple[int, ...] | None]
+) -> None:
+    """Raises unless every weight has every slot, in its own shape."""
+    theirs, names = optimizer.slots, sorted(set(known).union(*slots.values()))
+    lacking = {theirs[slot]: [name for name in names if name not in arrays] for slot, arrays in slots.items()}
+    if lacking := {slot: missing for slot, missing in lacking.items() if missing}:
+        raise ValueError(f"the checkpoint lacks {lacking}, which {optimizer.title} writes with these options")
+    for name, nu in slots["nu"].items():
+        shapes = {theirs[slot]: arrays[name].shape for slot, arrays in slots.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"the accumulators of {name} have different shapes: {shapes}")
+        shape = known.get(name)
+        if shape not in (None, nu.shape):
+            raise ValueError(
+                f"{theirs['nu']} of {name} has shape {nu.shape}, the weight {shape}: names are in another order"
+            )
+    if negative := [name for name, nu in slots["nu"].items() if (nu < 0).any()]:
+        raise ValueError(
+            f"{theirs['nu']} of {listed(negative)} is negative: it averages no squares. Another optimizer's?"
+        )
 
 
 def _check_convert(convert: Convert, arrays: Arrays) -> None:
@@ -78,7 +140,7 @@ def _check_convert(convert: Convert, arrays: Arrays) -> None:
         if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits < 32:
             raise ValueError(
                 f"convert makes {x.dtype} of {path or 'the array'}, and accumulators need float32: cast the weights "
-                "after convert, not in it. from_rmsprop(state, tx.init(params)) keeps the state in fewer bytes"
+                "after convert, not in it. carry_over(state, tx.init(params)) keeps the state in fewer bytes"
             )
     values = np.concatenate([np.zeros(0), *(np.ravel(x.astype(np.float64)) for x in leaves.values())])
     times = dict(zip(*np.unique(values, return_counts=True), strict=True))
@@ -86,8 +148,8 @@ def _check_convert(convert: Convert, arrays: Arrays) -> None:
     # convert drops an array on purpose by putting None in its place. One that it only pops may have been forgotten.
     kept = [name for name in arrays if numbers.get(name, found) is not None]
     if forgotten := [name for name in kept if found[name] < arrays[name].size]:
-        repeated = [name for name, x in arrays.items() if found[name] > x.size]
-        also = f", and uses more than once {repeated}" if repeated else ""
+        twice = [name for name, x in arrays.items() if found[name] > x.size]
+        also = f", and uses more than once {twice}" if twice else ""
         drop = f"say so in convert: arrays[{forgotten[0]!r}] = None"
         raise ValueError(f"convert leaves out, or changes the values of, {forgotten}{also}. If they are to go, {drop}")
 
@@ -112,7 +174,7 @@ def arrays_of(
         _check_names(list(names), list(slots["nu"]))
     # Contiguous: a framework does not want to own a transposed view.
     arrays = {
-        slot: {name: array(x).astype(np.float32, order="C") for name, x in named.items()}
+        slot: {name: array(f"{slot} of {name}", x).astype(np.float32, order="C") for name, x in named.items()}
         for slot, named in slots.items()
     }
     return np.asarray(bare.count), arrays
@@ -124,66 +186,3 @@ def _check_names(names: list[str], found: list[str]) -> None:
     lacking, surplus = sorted(set(names) - set(found)), sorted(set(found) - set(names))
     if lacking or surplus:
         raise ValueError(f"convert_back lacks {lacking} of names, and has {surplus} beside them")
-
-
-# --- Arrays and names as they come ------------------------------------------------------------------------
-
-
-def array(x: Any) -> np.ndarray:
-    """Any framework's array in float64, so that E[g²] - E[g]² loses nothing more."""
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        x = x if x.is_complex() else x.double()  # NumPy has no bfloat16
-    x = np.asarray(x)
-    if np.iscomplexobj(x):
-        raise ValueError(
-            "complex accumulators: frameworks average the squares of the real and the imaginary part apart, or g² "
-            "itself. Make real arrays of them, such as torch.view_as_real makes, which convert takes apart into a "
-            "NamedTuple of `real` and `imaginary`, and go on with optax.contrib.split_real_and_imaginary(tx)"
-        )
-    return x.astype(np.float64)
-
-
-def pairs(variables: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values, from pairs of them or from nested mappings such as the groups of an HDF5 file."""
-    for name, value in variables.items() if isinstance(variables, Mapping) else variables:
-        if isinstance(value, Mapping):
-            yield from pairs(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def by_slot(
-    foreign: Mapping[str, str], found: Iterable[tuple[str, str, Any]], names: Mapping[str, str] | None = None
-) -> dict[str, Arrays]:
-    """Arrays by our slots and by the weights' names.
-
-    Args:
-        foreign: the framework's names of our slots.
-        found: for each array the framework's name of its slot, the framework's name of its weight, and the array.
-        names: from the framework's names of the weights to others. None: the framework's.
-    """
-    slot_of = {kind: slot for slot, kind in foreign.items()}
-    named = [(slot_of[kind], (names or {}).get(name, name), x) for kind, name, x in found]
-    if twice := repeated(f"{foreign[slot]} of {name}" for slot, name, _ in named):
-        raise ValueError(f"the checkpoint has {listed(twice)} twice")
-    slots: dict[str, Arrays] = {slot: {} for slot in foreign if slot in {"nu"}.union(slot for slot, *_ in named)}
-    for slot, name, x in named:
-        slots[slot][name] = array(x)
-    return slots
-
-
-def count_of(given: int | None, stored: Any) -> int:
-    """The updates made: what the caller says, or else what the checkpoint says."""
-    if given is None and stored is None:
-        raise ValueError("the checkpoint does not say how many updates were made: pass count, for schedules")
-    count = array(stored if given is None else given).item()
-    if count < 0 or count % 1:
-        raise ValueError(f"count={count:g}: allowed are 0 and positive integers")
-    return int(count)
-
-
-def somebody_else(ours: str, others: Mapping[str, str], kinds: Iterable[str], found: Iterable[str]) -> ValueError:
-    """The error for the checkpoint of another optimizer, which the names of its slots give away."""
-    kind = next((kind for slot, kind in others.items() if slot in set(kinds)), "another optimizer")
-    return ValueError(f"not the checkpoint of {ours}, but of {kind}: it has {listed(found) or 'nothing'}")

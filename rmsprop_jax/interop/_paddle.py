@@ -4,42 +4,54 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from .._rmsprop import RMSPropState
 from .._text import listed
-from ._named import by_slot, Convert, count_of, somebody_else, state_of
+from ._arrays import mapping
+from ._named import Convert, Entry, Optimizer, state_of
 
 
-SLOTS = {"nu": "mean_square", "mu": "mean_grad", "trace": "momentum"}
-OTHERS = {
-    "moment1": "Adam or one of its kin",
-    "inf_norm": "Adamax",
-    "moment": "Adagrad",
-    "velocity": "Momentum",
-    "_avg_squared_grad": "Adadelta",
-}
+__all__ = ["from_paddle"]
+
+RMSPROP = Optimizer(
+    "Paddle's RMSProp",
+    {"nu": "mean_square", "mu": "mean_grad", "trace": "momentum"},
+    always=("nu", "mu", "trace"),
+    others={
+        "moment1": "Adam or one of its kin",
+        "inf_norm": "Adamax",
+        "moment": "Adagrad",
+        "velocity": "Momentum",
+        "_avg_squared_grad": "Adadelta",
+    },
+)
 
 # The last is a table of names, which `paddle.load` leaves out and `pickle.load` does not.
 PASSED_OVER = ("LR_Scheduler", "master_weights", "StructuredToParameterName@@")
 
 # With master weights an accumulator has the name of the copy in float32.
-_NAME = re.compile(rf"(.+?)(?:_fp32_master_\d+)?_({'|'.join([*SLOTS.values(), *OTHERS])})_\d+")
+_NAME = re.compile(
+    rf"(.+?)(?:_fp32_master_\d+)?_({'|'.join([*RMSPROP.slots.values(), *RMSPROP.others])})_\d+"
+)
 
 
 def from_paddle(
-    arrays: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
     convert: Convert | None = None,
+    *,
     count: int | None = None,
     names: Mapping[str, str] | None = None,
 ) -> RMSPropState:
     """The state of `dialects.paddle` from a `.pdopt` file::
 
-        arrays = paddle.load("net.pdopt")  # or pickle.load
+        checkpoint = paddle.load("net.pdopt")  # or pickle.load
         names = {p.name: name for name, p in net.named_parameters()}
 
     Master weights are passed over: they are the parameters in float32.
 
     Args:
-        arrays: the optimizer's `state_dict()`.
+        checkpoint: the optimizer's `state_dict()`.
         convert: from arrays by name to a tree of parameters. `None`: the dict itself.
         count: of updates. `None` stands for the `last_epoch` of the learning rate's scheduler, which counts the
             calls of its `step()`. Without a scheduler Paddle does not count: pass the number.
@@ -47,40 +59,31 @@ def from_paddle(
 
     Returns:
         The state. Paddle makes every accumulator, used or not. A mean that is zero everywhere, as it is without
-        centering, is left out. Without momentum, go on with `state._replace(trace=None)`.
-
-    Raises:
-        ValueError: names, slots or shapes do not fit; the error lists which. Or there is no count, or the arrays
-            are another optimizer's.
+        centering, is left out. Without momentum, continue with `state._replace(trace=None)`.
 
     Example:
         >>> import numpy as np
-        >>> arrays = {f"linear_0.w_0_{slot}_0": np.ones(2) for slot in ("mean_square", "mean_grad", "momentum")}
-        >>> arrays["LR_Scheduler"] = {"last_epoch": 7, "last_lr": 0.1}
-        >>> state = from_paddle(arrays, names={"linear_0.w_0": "fc.weight"})
+        >>> checkpoint = {f"linear_0.w_0_{slot}_0": np.ones(2) for slot in ("mean_square", "mean_grad", "momentum")}
+        >>> checkpoint["LR_Scheduler"] = {"last_epoch": 7, "last_lr": 0.1}
+        >>> state = from_paddle(checkpoint, names={"linear_0.w_0": "fc.weight"})
         >>> int(state.count), state.trace
         (7, {'fc.weight': Array([1., 1.], dtype=float32)})
 
     References:
         python/paddle/optimizer/rmsprop.py, 3.3.1.
     """
-    given = {key: x for key, x in arrays.items() if key not in PASSED_OVER}
-    if not given:
-        raise ValueError(
-            f"not the checkpoint of Paddle's RMSProp, but perhaps of SGD: it has {listed(arrays) or 'nothing'}"
-        )
-    matches = {key: _NAME.fullmatch(key) for key in given}
-    if unknown := [key for key, match in matches.items() if not match or match[2] in OTHERS]:
-        kinds = {match[2] for match in matches.values() if match}
-        raise somebody_else("Paddle's RMSProp", OTHERS, kinds, unknown)
+    given = {key: x for key, x in mapping(checkpoint).items() if key not in PASSED_OVER}
     if bits := [key for key, x in given.items() if str(getattr(x, "dtype", "")).endswith("uint16")]:
         raise ValueError(
             f"{listed(bits)} is uint16, the bits of bfloat16, which NumPy does not have: read the file with "
             "paddle.load, without return_numpy"
         )
-    found = [(match[2], match[1], given[key]) for key, match in matches.items() if match]
-    slots = by_slot(SLOTS, found, names)
-    if not any(x.any() for x in slots.get("mu", {}).values()):
-        slots.pop("mu", None)
-    scheduler = arrays.get("LR_Scheduler") or {}
-    return state_of(slots, SLOTS, convert, count_of(count, scheduler.get("last_epoch")))
+    matches = {key: _NAME.fullmatch(key) for key in given}
+    entries = [
+        Entry(match[2], (names or {}).get(match[1], match[1]), given[key], key) if match else Entry(key, "", None, key)
+        for key, match in matches.items()
+    ]
+    scheduler = checkpoint.get("LR_Scheduler") or {}
+    stored = {key: x for key, x in scheduler.items() if key == "last_epoch"}
+    state = state_of(RMSPROP, entries, convert, count, stored)
+    return state if any(x.any() for x in jax.tree.leaves(state.mu)) else state._replace(mu=None)

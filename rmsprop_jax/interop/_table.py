@@ -7,11 +7,13 @@ from ._bitsandbytes import from_bitsandbytes
 from ._keras import from_keras, to_keras
 from ._mindspore import from_mindspore
 from ._mlx import from_mlx
-from ._optax import from_optax, to_optax
 from ._paddle import from_paddle
 from ._pytorch import from_pytorch, from_stable_baselines3, from_timm, to_pytorch
 from ._tensorflow1 import from_tensorflow1, to_tensorflow1
 from ._tensorflow2 import from_tensorflow2
+
+
+__all__ = ["table"]
 
 
 class Format(NamedTuple):
@@ -52,7 +54,6 @@ FORMATS = [
     Format("paddle", "PaddlePaddle", ".pdopt", from_paddle),
     Format("mindspore", "MindSpore", ".ckpt", from_mindspore),
     Format("mlx", "MLX", ".safetensors, or the flattened optimizer.state", from_mlx),
-    Format("rmsprop", "Optax", "the state of optax.rmsprop, in any wrapper", from_optax, to_optax),
 ]
 
 

@@ -4,20 +4,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from .._rmsprop import RMSPropState
 from .._text import listed
-from ._keras import from_keras
-from ._named import by_slot, Convert, count_of, somebody_else, state_of
+from ._arrays import mapping
+from ._keras import state_of_variables
+from ._named import Convert, Entry, Optimizer, somebody_else, state_of
 
+
+__all__ = ["from_tensorflow2"]
 
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
-KERAS = {"nu": "rms", "mu": "mg", "trace": "momentum"}
-SONNET = {"nu": "ms", "mu": "mg", "trace": "mom"}
 OTHERS = {
     "m": "Adam or one of its kin",
     "momentum": "SGD with momentum",
@@ -26,6 +26,10 @@ OTHERS = {
     "accumulator": "Adagrad",
     "accum_grad": "Adadelta",
 }
+BESIDE = {"nu": "rms", "mu": "mg", "trace": "momentum"}
+KERAS = Optimizer("RMSProp", BESIDE, others=OTHERS)
+TENSORFLOW1 = Optimizer("RMSProp", BESIDE, ("nu", "trace"), OTHERS)
+SONNET = Optimizer("RMSProp", {"nu": "ms", "mu": "mg", "trace": "mom"}, ("nu", "trace"), OTHERS)
 
 # A slot beside its weight: tf.keras before 2.11, its `legacy` classes, and TensorFlow 1's classes.
 _BESIDE = re.compile(r"(?P<weight>.+)/\.OPTIMIZER_SLOT/(?P<optimizer>.+)/(?P<slot>[^/]+)")
@@ -35,11 +39,11 @@ _SONNET = re.compile(r"(?P<optimizer>.+)/(?P<slot>ms|mg|mom)/\d+")
 
 
 def from_tensorflow2(
-    slots: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
     convert: Convert | None = None,
-    name: str | None = None,
     *,
     count: int | None = None,
+    name: str | None = None,
     gradient_accumulation_steps: int | None = None,
 ) -> RMSPropState:
     """The state of an optimizer in an object checkpoint, as `tf.train.Checkpoint` and `model.save_weights` make them.
@@ -48,7 +52,7 @@ def from_tensorflow2(
     checkpoint in `variables/variables`::
 
         reader = tf.train.load_checkpoint(directory)
-        slots = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+        checkpoint = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
 
     ====================================  ========================  ==========================================
     The optimizer                         The state is that of      `convert` gets a weight by
@@ -61,51 +65,52 @@ def from_tensorflow2(
     ====================================  ========================  ==========================================
 
     Args:
-        slots: arrays by key. Where the checkpoint numbers the arrays, their names are in its
+        checkpoint: arrays by key. Where the checkpoint numbers the arrays, their names are in its
             `_CHECKPOINTABLE_OBJECT_GRAPH`, which has to be there.
         convert: from arrays by name to a tree of parameters. `None`: the dict itself.
-        name: the optimizer's path: `"optimizer"` in `tf.train.Checkpoint(optimizer=...)`. Needed where there are
-            several.
         count: of updates. `None` stands for the optimizer's own. Those of Sonnet and of `tf.compat.v1` do not count:
             pass the number.
+        name: the optimizer's path: `"optimizer"` in `tf.train.Checkpoint(optimizer=...)`. Needed where there are
+            several.
         gradient_accumulation_steps: as in :func:`from_keras`.
 
     Returns:
-        The state. Sonnet and `tf.compat.v1` have a momentum even if it is zero. Without momentum, go on with
+        The state. Sonnet and `tf.compat.v1` have a momentum even if it is zero. Without momentum, continue with
         `state._replace(trace=None)`.
-
-    Raises:
-        ValueError: names, slots or shapes do not fit; the error lists which. Or there is no count, no RMSProp, or
-            more than one optimizer.
 
     Example:
         >>> slot = "model/fc/kernel/.OPTIMIZER_SLOT/optimizer/rms/.ATTRIBUTES/VARIABLE_VALUE"
-        >>> slots = {slot: np.ones(2), "optimizer/iter/.ATTRIBUTES/VARIABLE_VALUE": 7}
-        >>> int(from_tensorflow2(slots, lambda arrays: arrays["model/fc/kernel"]).count)
+        >>> checkpoint = {slot: np.ones(2), "optimizer/iter/.ATTRIBUTES/VARIABLE_VALUE": 7}
+        >>> int(from_tensorflow2(checkpoint, lambda arrays: arrays["model/fc/kernel"]).count)
         7
     """
-    found = {key.removesuffix(VALUE): x for key, x in slots.items() if key.endswith(VALUE)}
+    found = {key.removesuffix(VALUE): x for key, x in mapping(checkpoint).items() if key.endswith(VALUE)}
     if not found:
         raise ValueError(
             f"no key ends in {VALUE}, so this is no object checkpoint, but perhaps one of TensorFlow 1 "
-            f"(from_tensorflow1) or a list of variables (from_keras): {listed(slots)}"
+            f"(from_tensorflow1) or a list of variables (from_keras): {listed(checkpoint)}"
         )
     optimizer = _optimizer(found, name)
     beside, keras, sonnet = (_matches(pattern, found, optimizer) for pattern in (_BESIDE, _KERAS, _SONNET))
+    own = [key for key in found if key.startswith(f"{optimizer}/") and "/_trainable_variables/" not in key]
     if keras:
-        own = [key for key in found if key.startswith(f"{optimizer}/") and "/_trainable_variables/" not in key]
-        # By number: in this order from_keras tells RMSprop from Adam, if its name does not.
+        # By number: the order tells RMSprop from Adam, if its name does not.
         own.sort(key=lambda key: int(key.rpartition("/")[2]) if key in keras else -1)
-        names = _names(slots, own)
-        state = from_keras([(names[key], found[key]) for key in own], convert, gradient_accumulation_steps)
-        return state._replace(count=jnp.asarray(count_of(count, state.count), jnp.int32))
+        names = _names(checkpoint, own)
+        variables = [(names[key], found[key]) for key in own]
+        return state_of_variables(variables, convert, count, gradient_accumulation_steps)
+    if gradient_accumulation_steps:
+        raise ValueError(
+            f"gradient_accumulation_steps={gradient_accumulation_steps}, but {optimizer} accumulates no gradients"
+        )
     if beside:
-        table, of_slot = KERAS, [(match["slot"], match["weight"], found[key]) for key, match in beside.items()]
+        kind = KERAS if own else TENSORFLOW1  # which has no variables but its slots
+        entries = [Entry(match["slot"], match["weight"], found[key], key) for key, match in beside.items()]
     else:
-        names = _names(slots, sonnet)  # <optimizer>/<slot>/<weight>
-        table = SONNET
-        of_slot = [(match["slot"], names[key].split("/", 2)[-1], found[key]) for key, match in sonnet.items()]
-    return state_of(by_slot(table, of_slot), table, convert, count_of(count, found.get(f"{optimizer}/iter")))
+        kind, names = SONNET, _names(checkpoint, sonnet)  # <optimizer>/<slot>/<weight>
+        entries = [Entry(x["slot"], names[key].split("/", 2)[-1], found[key], key) for key, x in sonnet.items()]
+    stored = {key: found[key] for key in own if key == f"{optimizer}/iter"}
+    return state_of(kind, entries, convert, count, stored)
 
 
 def _matches(pattern: re.Pattern[str], found: Iterable[str], optimizer: str = "") -> dict[str, re.Match[str]]:
@@ -115,31 +120,28 @@ def _matches(pattern: re.Pattern[str], found: Iterable[str], optimizer: str = ""
 
 
 def _optimizer(found: Iterable[str], name: str | None) -> str:
-    """The path of the optimizer; raises if there is none, if there are several, or if it is not RMSProp."""
+    """The path of the optimizer; raises if there is none, or if there are several."""
     matches = [match for pattern in (_BESIDE, _KERAS, _SONNET) for match in _matches(pattern, found).values()]
     paths = sorted({match["optimizer"] for match in matches})
+    if not paths:
+        raise somebody_else(SONNET, {key.split("/")[-2] for key in found if re.fullmatch(r".+/\d+", key)}, found)
     mine = [path for path in paths if name is None or f"{path}/".startswith(f"{name}/")]
-    if paths and not mine:
+    if not mine:
         raise ValueError(f"no optimizer called {name}: the checkpoint has {listed(paths)}")
     if len(mine) > 1:
         raise ValueError(f"the checkpoint has several optimizers: pass one of {listed(mine)} as name")
-    kinds = {match["slot"] for match in matches if match["optimizer"] in mine and match.re is not _KERAS}
-    if not mine:
-        kinds = {key.split("/")[-2] for key in found if re.fullmatch(r".+/\d+", key)}
-    if not mine or (kinds and not kinds & {KERAS["nu"], SONNET["nu"]}):
-        raise somebody_else("RMSProp", OTHERS, kinds, found)
     return mine[0]
 
 
 # --- The names of numbered arrays -------------------------------------------------------------------------
 
 
-def _names(slots: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
+def _names(checkpoint: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
     """The names of TensorFlow's variables, by keys."""
-    if GRAPH not in slots:
+    if GRAPH not in checkpoint:
         raise ValueError(f"this checkpoint numbers the optimizer's arrays, and their names are in {GRAPH}: add it")
     try:
-        names = dict(_variables(np.asarray(slots[GRAPH], object).item()))
+        names = dict(_variables(np.asarray(checkpoint[GRAPH], object).item()))
     except (IndexError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{GRAPH} is not what TensorFlow saved under this key: its bytes") from error
     if nameless := [key for key in keys if not names.get(key + VALUE)]:

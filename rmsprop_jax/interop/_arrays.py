@@ -1,0 +1,106 @@
+"""Arrays and counts as other frameworks hand them over."""
+
+import reprlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .. import _checks
+
+
+__all__ = ["array", "mapping", "pairs", "updates", "whole"]
+
+
+def array(key: str, x: Any) -> np.ndarray:
+    """Any framework's array in float64, so that E[g²] - E[g]² loses nothing more.
+
+    Args:
+        key: what the checkpoint calls it, for errors.
+        x: an array or tensor of NumPy, JAX, torch, TensorFlow and so on, or nested lists of numbers, as in JSON.
+
+    Raises:
+        ValueError: it is no array of real numbers.
+    """
+    if isinstance(x, Tracer):
+        raise ValueError(f"{key} is traced: read checkpoints outside of jax.jit")
+    try:
+        found = np.asarray(_strided(x))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{key} is a {type(x).__name__} that NumPy cannot read: {error}") from error
+    if np.iscomplexobj(found):
+        raise ValueError(
+            f"{key} is one of the complex accumulators: frameworks average the squares of the real and the imaginary "
+            "part apart, or g² itself. Make real arrays of them, such as torch.view_as_real makes, which convert takes "
+            "apart into a NamedTuple of `real` and `imaginary`, and continue with "
+            "optax.contrib.split_real_and_imaginary(tx)"
+        )
+    if not (jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)):
+        raise ValueError(f"{key} is {reprlib.repr(x)}: allowed is an array of numbers")
+    return found.astype(np.float64)
+
+
+def _strided(x: Any) -> Any:
+    """A torch tensor of any kind as one that NumPy reads; everything else as it is."""
+    if hasattr(x, "full_tensor"):  # a DTensor, which FSDP spreads over devices
+        x = x.full_tensor()
+    if not hasattr(x, "detach"):
+        return x
+    x = x.detach().cpu()
+    if getattr(x, "is_quantized", False):
+        x = x.dequantize()
+    if hasattr(x, "to_dense"):
+        x = x.to_dense()
+    # NumPy has no bfloat16.
+    return x.double() if hasattr(x, "double") and x.is_floating_point() else x
+
+
+def mapping(checkpoint: Any, content: str = "arrays by name") -> Mapping[str, Any]:
+    """The checkpoint, if it is a mapping."""
+    if isinstance(checkpoint, Mapping):
+        return checkpoint
+    raise ValueError(
+        f"checkpoint={reprlib.repr(checkpoint)} is a {type(checkpoint).__name__}: allowed is a mapping, of {content}. "
+        "Load a file first, as the documentation of this function shows"
+    )
+
+
+def pairs(variables: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values, from pairs of them or from nested mappings such as the groups of an HDF5 file."""
+    items = variables.items() if isinstance(variables, Mapping) else variables
+    if isinstance(items, (str, bytes)) or not hasattr(items, "__iter__"):
+        mapping(items, "variables by path, or pairs of path and array")
+    for item in items:
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise ValueError(
+                f"checkpoint has {reprlib.repr(item)}: allowed are pairs of path and array, such as "
+                "[(v.path, v.numpy()) for v in optimizer.variables]"
+            )
+        name, value = item
+        if isinstance(value, Mapping):
+            yield from pairs(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def updates(count: Any, stored: Mapping[str, Any]) -> int:
+    """The updates made: what the caller says, or else the one number that the checkpoint has."""
+    if count is not None:
+        return whole("count", count)
+    found = {key: whole(key, x) for key, x in stored.items()}
+    if len(set(found.values())) > 1:
+        raise ValueError(f"the checkpoint has several counts, which differ: {found}. Pass the right one as count")
+    if not found:
+        raise ValueError("the checkpoint does not say how many updates were made: pass count, for schedules")
+    return next(iter(found.values()))
+
+
+def whole(key: str, x: Any) -> int:
+    """A count in any framework's array of one element."""
+    found = array(key, x)
+    if found.size != 1:
+        raise ValueError(f"{key} has shape {found.shape}: allowed is one integer")
+    value = found.item()
+    return _checks.count(key, int(value) if value.is_integer() else value)

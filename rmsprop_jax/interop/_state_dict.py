@@ -1,0 +1,191 @@
+"""State dicts of torch's optimizers: groups, and entries by the number, or the name, of a parameter."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._text import listed, repeated
+from ._arrays import mapping, whole
+
+
+__all__ = ["Names", "Parameter", "parameters", "parts_of", "steps_of"]
+
+Names = Any  # an iterable of names, a mapping from names to weights, pairs of both, or a torch module
+Shape = tuple[int, ...]
+
+
+class Parameter(NamedTuple):
+    """One parameter of the optimizer."""
+
+    name: str
+    group: Mapping[str, Any]
+    entry: Mapping[str, Any]  # empty if it never stepped
+    shape: Shape | None  # None if nobody knows
+
+    def start(self, value: float) -> np.ndarray:
+        """The first value of an accumulator."""
+        if self.shape is None:
+            raise ValueError(
+                f"{self.name} never stepped, and the checkpoint does not know its shape: give names as a mapping to "
+                "the weights, such as dict(model.named_parameters()), or leave out all names that never stepped"
+            )
+        return np.full(self.shape, value)
+
+
+def parts_of(checkpoint: Any) -> tuple[list[Mapping[str, Any]], dict[Any, Mapping[str, Any]]]:
+    """The groups of a state dict or of the optimizer itself, and the entries by the keys that the groups have."""
+    if hasattr(checkpoint, "param_groups"):
+        checkpoint = {"state": checkpoint.state, "param_groups": checkpoint.param_groups}
+    checkpoint = mapping(checkpoint, "state and param_groups (or the optimizer)")
+    if checkpoint and all(str(key).startswith(("state.", "param_groups.")) for key in checkpoint):
+        checkpoint = _unflattened(checkpoint)
+    if not {"state", "param_groups"} <= set(checkpoint):
+        raise ValueError(f"not the state_dict of an optimizer, with state and param_groups: {listed(checkpoint)}")
+    groups: list[Mapping[str, Any]] = [
+        {**group, "params": [_key(key) for key in group["params"]]} for group in checkpoint["param_groups"]
+    ]
+    keys = [key for group in groups for key in group["params"]]
+    if twice := repeated(keys):
+        raise ValueError(f"the checkpoint has a parameter more than once: {listed(twice)}")
+    entries: dict[Any, Any] = {_key(key): entry for key, entry in checkpoint["state"].items()}
+    # Through JSON or safetensors, the number of a parameter becomes a string.
+    entries = {int(key) if key not in keys and str(key).isdigit() else key: entry for key, entry in entries.items()}
+    if unknown := [key for key in entries if key not in set(keys)]:
+        raise ValueError(f"not an optimizer's state: no group has the parameter of entry {unknown[0]!r}")
+    return groups, entries
+
+
+def _key(key: Any) -> Any:
+    """A parameter's number or name, or the parameter itself. A tensor with a number in it is that number."""
+    return int(key) if getattr(key, "ndim", None) == 0 and "int" in str(key.dtype) else key
+
+
+def _unflattened(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The dict that `flatten_optimizer_state_dict=True` flattened: keys are "state.<name>.<slot>", and so on."""
+    parts: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
+    for key, value in checkpoint.items():
+        part, _, rest = key.partition(".")
+        name, _, field = rest.rpartition(".")
+        parts[part].setdefault(name, {})[field] = value
+    return {
+        "state": parts["state"],
+        "param_groups": [{**group, "params": [name]} for name, group in parts["param_groups"].items()],
+    }
+
+
+def steps_of(found: Iterable[Parameter]) -> dict[str, int]:
+    """The largest step, as torch does not count the updates in which a parameter has no gradient; empty if unknown."""
+    entries = {parameter.name: parameter.entry for parameter in found if parameter.entry}
+    steps = [whole(f"step of {name}", entry["step"]) for name, entry in entries.items() if "step" in entry]
+    return {"step": max(steps, default=0)} if steps or not entries else {}
+
+
+# --- Names ------------------------------------------------------------------------------------------------
+
+
+def parameters(
+    groups: list[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]], names: Names | None, average: str
+) -> list[Parameter]:
+    """The optimizer's parameters with their names, without those that `names` leaves out.
+
+    Args:
+        groups: of the checkpoint.
+        entries: by the keys of the groups.
+        names: as the caller gives them.
+        average: the name of ν in an entry, which has the shape of the weight.
+    """
+    given, weights = _given(names)
+    shapes = {name: tuple(np.shape(weight)) for name, weight in weights.items()}
+    keys = [key for group in groups for key in group["params"]]
+    stepped = [key for key in keys if entries.get(key)]
+    stored = _stored(groups, keys, weights)
+    if stored is not None:
+        name_of = _chosen(dict(zip(keys, stored, strict=True)), stepped, given, bool(weights))
+    elif given is None:
+        raise ValueError("the checkpoint does not name its parameters: give names, in the order of its groups")
+    elif len(given) not in (len(keys), len(stepped)):
+        raise ValueError(
+            f"the optimizer has {len(keys)} parameters, of which {len(stepped)} have stepped; names has {len(given)}: "
+            f"{given}"
+        )
+    else:
+        named = keys if len(given) == len(keys) else stepped
+        parts = [part for group in groups if (part := [key for key in group["params"] if key in named])]
+        if weights and len(parts) > 1:
+            found = {key: tuple(np.shape(entries[key].get(average))) for key in stepped}
+            name_of = _by_shape(parts, found, {name: shapes[name] for name in given})
+        else:
+            name_of = dict(zip(named, given, strict=True))
+    return [
+        Parameter(name_of[key], group, entries.get(key) or {}, shapes.get(name_of[key]))
+        for group in groups
+        for key in group["params"]
+        if key in name_of
+    ]
+
+
+def _given(names: Names | None) -> tuple[list[str] | None, dict[str, Any]]:
+    """The names that the caller gives, and the weights, and buffers, by name if they are given as well."""
+    if names is None:
+        return None, {}
+    if hasattr(names, "named_parameters"):
+        own = dict(names.named_parameters())
+        return list(own), own | dict(names.named_buffers())
+    if isinstance(names, str):
+        raise ValueError(f"names={names!r} is one string: allowed are a sequence of names, or a mapping to the weights")
+    items: list[Any] = list(names.items() if isinstance(names, Mapping) else names)
+    in_pairs = bool(items) and all(isinstance(item, tuple) for item in items)  # as model.named_parameters() has them
+    given = [name for name, _ in items] if in_pairs else items
+    if twice := repeated(given):
+        raise ValueError(f"names has a name more than once: {listed(twice)}")
+    return given, dict(items) if in_pairs else {}
+
+
+def _stored(groups: list[Mapping[str, Any]], keys: list[Any], weights: Mapping[str, Any]) -> list[str] | None:
+    """The names of all parameters, if the checkpoint has them, or if its keys are the weights themselves."""
+    if keys and all(isinstance(key, str) for key in keys):
+        return keys
+    if weights and any(hasattr(key, "shape") for key in keys):
+        name_of = {id(weight): name for name, weight in reversed(weights.items())}  # a tied weight's first name
+        lacking = [tuple(key.shape) for key in keys if id(key) not in name_of]
+        if not lacking:
+            return [name_of[id(key)] for key in keys]
+        if len(lacking) < len(keys):
+            raise ValueError(f"names lacks parameters of the optimizer, of the shapes {listed(lacking)}")
+    stored = [name for group in groups for name in group.get("param_names") or ()]
+    return stored if keys and len(stored) == len(keys) else None
+
+
+def _chosen(every: dict[Any, str], stepped: list[Any], given: list[str] | None, mapped: bool) -> dict[Any, str]:
+    """The names by key without those that the caller leaves out; all of them must have stepped."""
+    stored = list(every.values())
+    if given is None or given == stored:
+        return every
+    some = {key: name for key, name in every.items() if name in set(given)}
+    if set(stepped) <= set(some) and (mapped or given == [every[key] for key in stepped]):
+        return some
+    raise ValueError(f"the checkpoint names its parameters {stored}, which names contradicts: {given}")
+
+
+def _by_shape(groups: list[list[Any]], found: Mapping[Any, Shape], weights: Mapping[str, Shape]) -> dict[Any, str]:
+    """The names by key, where shapes tell which weight is in which group, and each group is in the model's order."""
+    places: dict[Shape | None, list[Any]] = {}  # None: what never stepped
+    homes: dict[Shape | None, set[int]] = {}
+    for i, keys in enumerate(groups):
+        for key in keys:
+            places.setdefault(found.get(key), []).append(key)
+            homes.setdefault(found.get(key), set()).add(i)
+    named: dict[Shape | None, list[str]] = {}
+    for name, shape in weights.items():
+        named.setdefault(shape if shape in places else None, []).append(name)
+    told = all(len(home) == 1 and len(places[shape]) == len(named.get(shape, ())) for shape, home in homes.items())
+    name_of = {key: name for shape, keys in places.items() for key, name in zip(keys, named.get(shape, ()), strict=told)}
+    order = {name: i for i, name in enumerate(weights)}
+    if told and all(positions == sorted(positions) for positions in [[order[name_of[k]] for k in g] for g in groups]):
+        return name_of
+    raise ValueError(
+        f"names is in the model's order, and the {len(groups)} groups of the optimizer may be in another: shapes do not "
+        "tell which weight is which. Pass the optimizer itself and the model, from_pytorch(optimizer, model), or a "
+        "list of names in the order of the groups"
+    )
