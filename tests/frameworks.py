@@ -564,7 +564,7 @@ FRAMEWORKS = {
         dialects.tensorflow1,
         [*combinations(MOMENTUM, CENTERED, epsilon=1e-3), {"decay": 0.99}, {}],
         resumed=RESUMED[:2],
-        read=lambda c: interop.from_tensorflow1(c, convert, STOP),
+        read=lambda c: interop.from_tensorflow1(c, convert, count=STOP),
         write=lambda s: interop.to_tensorflow1(s, with_underscores),
     ),
     "dm-sonnet": Framework(

@@ -164,9 +164,13 @@ FLOORS = [
     ["_rmsprop", "_rounding", "_gradients"],
     ["interop/_rows"],
     ["interop/_carry"],
-    ["interop/_named"],
-    [f"interop/_{name}" for name in ("keras", "mindspore", "mlx", "optax", "paddle", "pytorch", "tensorflow1")],
-    ["interop/_bitsandbytes", "interop/_tensorflow2"],
+    ["interop/_arrays"],
+    ["interop/_named", "interop/_state_dict"],
+    [
+        f"interop/_{name}"
+        for name in ("bitsandbytes", "keras", "mindspore", "mlx", "optax", "paddle", "pytorch", "tensorflow1")
+    ],
+    ["interop/_tensorflow2"],
     ["interop/_table"],
     ["_dialect"],
     ["dialects", "interop/__init__"],

@@ -88,9 +88,13 @@ def test_blocks_of_every_length(n, length, scales, hidden):
 @pytest.mark.parametrize(
     ("lost", "changed", "message"),
     [
-        ("absmax1", {"absmax1": np.ones(5)}, "entry 3 has 4160 codes and 5 scales, which fits no length of blocks"),
-        ("qmap1", {}, "entry 3 is in 8 bits and lacks qmap1 or absmax1"),
-        ("absmax1", {}, "entry 3 is in 8 bits and lacks qmap1 or absmax1"),
+        (
+            "absmax1",
+            {"absmax1": np.ones(5)},
+            "table.weight has 4160 codes, 5 scales and a table of 256: they do not fit",
+        ),
+        ("qmap1", {}, "table.weight is in 8 bits and lacks qmap1 or absmax1"),
+        ("absmax1", {}, "table.weight is in 8 bits and lacks qmap1 or absmax1"),
     ],
 )
 def test_blocks_that_do_not_fit(lost, changed, message):
@@ -113,7 +117,7 @@ def test_an_entry_without_its_step():
     checkpoint = state_dict("bitsandbytes-32bit")
     for entry in checkpoint["state"].values():
         del entry["step"]
-    with pytest.raises(ValueError, match="the checkpoint has no step"):
+    with pytest.raises(ValueError, match="does not say how many updates were made"):
         interop.from_bitsandbytes(checkpoint, NAMES[:3])
 
 
@@ -128,7 +132,7 @@ FOREIGN = others("bitsandbytes-32bit")
 
 @pytest.mark.parametrize(("kind", "forms"), [row[1:] for row in FOREIGN], ids=[kind for _, kind, _ in FOREIGN])
 def test_other_optimizers_of_bitsandbytes_are_named(kind, forms):
-    with pytest.raises(ValueError, match=f"not the checkpoint of RMSprop, but of .*{kind.removesuffix('32bit')}"):
+    with pytest.raises(ValueError, match=f"not the checkpoint of .*RMSprop, but of .*{kind.removesuffix('32bit')}"):
         interop.from_bitsandbytes(forms["state_dict"], NAMES[:3])
 
 

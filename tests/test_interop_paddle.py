@@ -25,7 +25,7 @@ def checkpoint(name="paddle", options=ROWS["paddle"].cases[0]):
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[case_name(*case) for case in CASES])
 def test_resumes_a_recorded_run(name, options):
     arrays, names = checkpoint(name, options)
-    state = interop.from_paddle(arrays, convert, 100 if name == "paddle-constant" else None, names)
+    state = interop.from_paddle(arrays, convert, count=100 if name == "paddle-constant" else None, names=names)
     rate = CONSTANT if name == "paddle-constant" else rates
     check_goes_on(dialects.paddle, options, without_unused(state, options), recorded(case_name(name, options)), rate)
 
@@ -89,18 +89,23 @@ def test_as_pickle_loads_it():
 
 @pytest.mark.parametrize("count", [-1, 7.5])
 def test_a_count_that_is_none(count):
-    with pytest.raises(ValueError, match=f"count={count}: allowed are 0 and positive integers"):
+    with pytest.raises(ValueError, match=f"count={count}: allowed is an integer of at least 0"):
         interop.from_paddle(checkpoint()[0], count=count)
 
 
 def test_sgd_keeps_nothing():
-    with pytest.raises(ValueError, match="not the checkpoint of Paddle's RMSProp, but perhaps of SGD: it has LR_Sched"):
+    with pytest.raises(
+        ValueError,
+        match="not the checkpoint of Paddle's RMSProp, but of one that keeps nothing, as SGD: it has no accumulators",
+    ):
         interop.from_paddle({"LR_Scheduler": {"last_epoch": 3}})
 
 
 def test_names_that_lead_to_one():
     arrays, names = checkpoint()
-    with pytest.raises(ValueError, match=r"the checkpoint has .*mean_square of fc.* twice"):
+    with pytest.raises(
+        ValueError, match=r"has momentum of fc twice, .*: conv2d_0.w_0_momentum_0 and linear_0.w_0_momentum_0"
+    ):
         interop.from_paddle(arrays, names=dict.fromkeys(names, "fc"))
 
 

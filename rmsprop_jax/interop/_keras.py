@@ -197,18 +197,18 @@ def _optimizer_name(scopes: Iterable[str], paths: Iterable[str]) -> str:
 
 def _updates(others: Mapping[str, Any], scopes: Iterable[str], steps: int | None) -> dict[str, int]:
     """The iterations or, as a loss scaler has one as well, those beside the accumulators, in updates."""
-    k = _checks.steps("gradient_accumulation_steps", _checks.off(steps))
+    k = _checks.steps("gradient_accumulation_steps", _checks.off(steps)) or 1
     accumulators = [path for path in others if path.endswith("_gradient_accumulator")]
-    if bool(accumulators) != (k is not None):
+    if bool(accumulators) != (k > 1):
         raise ValueError(
             f"gradient_accumulation_steps={steps}, but the optimizer has {len(accumulators)} gradient accumulators: "
             "pass the optimizer's own number"
         )
     found = {path: whole(path, x) for path, x in others.items() if re.fullmatch(ITERATION, path)}
     beside = {path: x for path, x in found.items() if _last(path.rpartition("/")[0]) in scopes} or found
-    if k and any(x % k for x in beside.values()):
-        raise ValueError(f"{[x % k for x in beside.values()]} of {k} gradients are accumulated: save after an update")
-    return {path: x // (k or 1) for path, x in beside.items()}
+    if rest := max((x % k for x in beside.values()), default=0):
+        raise ValueError(f"{rest} of {k} gradients are accumulated: save after an update")
+    return {path: x // k for path, x in beside.items()}
 
 
 def _last(path: str) -> str:

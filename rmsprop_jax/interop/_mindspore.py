@@ -54,12 +54,9 @@ def from_mindspore(
     """
     parts = {key: key.partition(".") for key in mapping(checkpoint)}
     every = [Entry(kind, name, checkpoint[key], key) for key, (kind, _, name) in parts.items()]
-    # A layer may be called "moment". Its weights are no accumulators, and are named by theirs if they train.
-    weights = {name for kind, _, name in parts.values() if kind == RMSPROP.slots["nu"]} | set(checkpoint)
-    own = [
-        entry
-        for entry in every
-        if entry.slot in RMSPROP.slots.values() and entry.name in weights and f"mean_square.{entry.key}" not in checkpoint
-    ]
+    # A layer may be called "moment": its weights are no accumulators.
+    weights = {name for kind, _, name in parts.values() if kind == RMSPROP.slots["nu"]}
+    own = [x for x in every if x.slot in RMSPROP.slots.values() and x.key not in weights]
+    own = [x for x in own if x.name in {*weights, *checkpoint}]
     stored = {key: x for key, x in checkpoint.items() if key == "global_step"}
     return state_of(RMSPROP, own or every, convert, count, stored)

@@ -13,12 +13,12 @@ from ._named import Convert, Entry, Optimizer, state_of
 
 __all__ = ["from_mlx"]
 
-RMSPROP = Optimizer(
-    "MLX's RMSprop", {"nu": "v"}, others={"u": "AdaDelta", "m": "Adam, one of its kin, or Lion"}
-)
+RMSPROP = Optimizer("MLX's RMSprop", {"nu": "v"}, others={"u": "AdaDelta", "m": "Adam, one of its kin, or Lion"})
 
 
-def from_mlx(checkpoint: Mapping[str, Any], convert: Convert | None = None, *, count: int | None = None) -> RMSPropState:
+def from_mlx(
+    checkpoint: Mapping[str, Any], convert: Convert | None = None, *, count: int | None = None
+) -> RMSPropState:
     """The state of `dialects.mlx` from an optimizer's flattened state, as safetensors files have it::
 
         mx.save_safetensors("optimizer.safetensors", dict(mlx.utils.tree_flatten(optimizer.state)))
@@ -42,14 +42,19 @@ def from_mlx(checkpoint: Mapping[str, Any], convert: Convert | None = None, *, c
         python/mlx/optimizers/optimizers.py, 0.32.4.
     """
     arrays = dict(mapping(checkpoint))
-    if nested := [key for key, x in arrays.items() if isinstance(x, (Mapping, list))]:
+    if nested := [key for key, x in arrays.items() if _is_nested(x)]:
         raise ValueError(f"{listed(nested)} are not arrays: pass dict(mlx.utils.tree_flatten(optimizer.state))")
     if bits := [key for key, x in arrays.items() if str(getattr(x, "dtype", "")) == "mlx.core.bfloat16"]:
         raise ValueError(f"{listed(bits)} is bfloat16, which NumPy does not have: cast with x.astype(mx.float32)")
     stored = {key: arrays.pop(key) for key in ("step", "learning_rate") if key in arrays}
     stored.pop("learning_rate", None)
-    entries = [Entry(*key.rpartition(".")[::-2], x, key) for key, x in arrays.items()]
+    parts = {key: key.rpartition(".") for key in arrays}
+    entries = [Entry(slot, weight, arrays[key], key) for key, (weight, _, slot) in parts.items()]
     state = state_of(RMSPROP, entries, convert, count, stored)
     if state.count and not any(x.any() for x in jax.tree.leaves(state.nu)):
         raise ValueError(f"every v is 0 after {state.count} updates, as in MLX's SGD without momentum")
     return state
+
+
+def _is_nested(x: Any) -> bool:
+    return isinstance(x, Mapping) or (isinstance(x, list) and any(map(_is_nested, x)))

@@ -15,7 +15,7 @@ from . import _carry, _rows
 from ._arrays import array, updates
 
 
-__all__ = ["Arrays", "arrays_of", "Convert", "ConvertBack", "Entry", "Optimizer", "somebody_else", "state_of"]
+__all__ = ["Arrays", "Convert", "ConvertBack", "Entry", "Optimizer", "arrays_of", "somebody_else", "state_of"]
 
 Arrays = dict[str, np.ndarray]
 Convert = Callable[[Arrays], Any]

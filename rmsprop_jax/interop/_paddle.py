@@ -31,9 +31,7 @@ RMSPROP = Optimizer(
 PASSED_OVER = ("LR_Scheduler", "master_weights", "StructuredToParameterName@@")
 
 # With master weights an accumulator has the name of the copy in float32.
-_NAME = re.compile(
-    rf"(.+?)(?:_fp32_master_\d+)?_({'|'.join([*RMSPROP.slots.values(), *RMSPROP.others])})_\d+"
-)
+_NAME = re.compile(rf"(.+?)(?:_fp32_master_\d+)?_({'|'.join([*RMSPROP.slots.values(), *RMSPROP.others])})_\d+")
 
 
 def from_paddle(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._rmsprop import RMSPropState
-from ._arrays import array
+from ._arrays import array, whole
 from ._named import arrays_of, Convert, ConvertBack, Entry, Optimizer, somebody_else, state_of
 from ._state_dict import Names, Parameter, parameters, parts_of, steps_of
 
@@ -126,12 +126,14 @@ SLOTS = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
 OTHERS = {
     "state1": "bitsandbytes",
     "__bnb_optimizer_quant_state__": "bitsandbytes",
-    "betas": "Adam or one of its kin",
-    "exp_avg": "Adam or one of its kin",
     "dampening": "SGD",
     "lr_decay": "Adagrad",
     "rho": "Adadelta",
+    "betas": "Adam or one of its kin",
+    "exp_avg": "Adam or one of its kin",
 }
+# Options of all classes of RMSprop.
+OPTIONS = {"momentum", "centered"}
 # Options that PyTorch gives each of its optimizers, since 1.12.
 OF_PYTORCH = {"foreach", "capturable", "maximize", "differentiable"}
 
@@ -156,53 +158,19 @@ TIMM = Class("from_timm", "timm's checkpoint, whose momentum_buffer holds the le
 STABLE_BASELINES3 = Class("from_stable_baselines3", "the checkpoint of Stable Baselines 3's RMSpropTFLike", 1.0)
 
 
-def _check_class(groups: list[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]], expected: Class) -> None:
-    """Raises if another class, or another optimizer, wrote the checkpoint."""
-    fields = {field for entry in entries.values() for field in entry} - {"step"}
-    for i, group in enumerate(groups):
-        if not {"momentum", "centered"} <= set(group):
-            raise somebody_else(Optimizer("RMSprop", SLOTS, others=OTHERS), {*group, *fields}, sorted(group))
-        found = _class_of(group, [entries[key] for key in group["params"] if entries.get(key)])
-        if expected is TIMM and found is None:
-            raise ValueError(f"this is not timm's checkpoint: group {i} has no lr_in_momentum. Use from_pytorch")
-        if found not in (None, expected):
-            old = " (or, if a PyTorch before 1.12 wrote it, add foreach=None to its groups)"
-            also = old if expected is PYTORCH and found is STABLE_BASELINES3 else ""
-            raise ValueError(f"this is {found.title}: use {found.reader}{also}. Group {i} has {sorted(group)}")
-
-
-def _class_of(group: Mapping[str, Any], entries: list[Mapping[str, Any]]) -> Class | None:
-    """The class that wrote a group; None if nothing tells."""
-    if "lr_in_momentum" in group:
-        return TIMM
-    if OF_PYTORCH & set(group):
-        return PYTORCH
-    # Without these options it is Stable Baselines 3's class or a PyTorch before 1.12. Both count in integers.
-    ratios = [_smallest_to_start(entry, group.get("alpha")) for entry in entries if SLOTS["nu"] in entry]
-    smallest = min((ratio for ratio in ratios if ratio is not None), default=np.inf)
-    # Far above, as averages of large gradients are, they tell nothing.
-    return PYTORCH if smallest < 1 else STABLE_BASELINES3 if smallest < 100 else None
-
-
-def _smallest_to_start(entry: Mapping[str, Any], alpha: Any) -> float | None:
-    """The smallest ν, relative to what would be left of a 1 at which it had started; None if that is unknown."""
-    step = entry.get("step")
-    if alpha is None or "int" not in str(getattr(step, "dtype", type(step))):
-        return None
-    nu = array(SLOTS["nu"], entry[SLOTS["nu"]])
-    # Every update rounds in float32, where this may have become zero.
-    left = (array("alpha", alpha).item() * (1 - 2.0**-22)) ** array("step", step).item()
-    return nu.min() / left if nu.size and left > np.finfo(np.float32).tiny else None
-
-
 def _read(checkpoint: Any, names: Names | None, convert: Convert | None, count: int | None, own: Class) -> RMSPropState:
     groups, entries = parts_of(checkpoint)
-    _check_class(groups, entries, own)
+    used = [slot for slot, uses in USES.items() if any(uses(group) for group in groups if set(group) >= OPTIONS)]
+    optimizer = Optimizer("RMSprop", SLOTS, used, OTHERS)
+    for group in groups:
+        if not set(group) >= OPTIONS:
+            fields = {field for entry in entries.values() for field in entry} - {"step"}
+            raise somebody_else(optimizer, {*group, *fields}, sorted(group))
     found = parameters(groups, entries, names, SLOTS["nu"])
-    used = [slot for slot, uses in USES.items() if any(map(uses, groups))]
+    for i, group in enumerate(groups):
+        _check_class(i, group, [x for x in found if x.group is group and x.entry], own)
     arrays = [x for parameter in found for x in _entries(parameter, used, own.first)]
     shapes = {parameter.name: parameter.shape for parameter in found}
-    optimizer = Optimizer("RMSprop", SLOTS, used, OTHERS)
     return state_of(optimizer, arrays, convert, count, steps_of(found), shapes)
 
 
@@ -214,9 +182,44 @@ def _entries(parameter: Parameter, used: list[str], first: float) -> Iterator[En
         field = SLOTS[slot]
         if not entry:
             arrays[field] = parameter.start(first if slot == "nu" else 0.0)
-        elif not USES[slot](group):
-            arrays[field] = np.zeros(np.shape(entry.get(SLOTS["nu"])))
-        elif field in entry:
-            arrays[field] = entry[field]
+        elif field in entry or not USES[slot](group):
+            arrays[field] = entry[field] if USES[slot](group) else np.zeros_like(_average(parameter))
     for field, x in arrays.items():
         yield Entry(field, name, x, f"{field} of {name}")
+
+
+def _average(parameter: Parameter) -> np.ndarray:
+    return array(f"{SLOTS['nu']} of {parameter.name}", parameter.entry.get(SLOTS["nu"], ()))
+
+
+def _check_class(i: int, group: Mapping[str, Any], stepped: list[Parameter], own: Class) -> None:
+    """Raises if another class wrote this group."""
+    found = _class_of(group, stepped)
+    if own is TIMM and found is None:
+        raise ValueError(f"this is not timm's checkpoint: group {i} has no lr_in_momentum. Use from_pytorch")
+    if found not in (None, own):
+        old = " (or, if a PyTorch before 1.12 wrote it, add foreach=None to its groups)"
+        also = old if own is PYTORCH and found is STABLE_BASELINES3 else ""
+        raise ValueError(f"this is {found.title}: use {found.reader}{also}. Group {i} has {sorted(group)}")
+
+
+def _class_of(group: Mapping[str, Any], stepped: list[Parameter]) -> Class | None:
+    """The class that wrote a group; None if nothing tells."""
+    if "lr_in_momentum" in group:
+        return TIMM
+    if OF_PYTORCH & set(group):
+        return PYTORCH
+    # Without these options it is Stable Baselines 3's class or a PyTorch before 1.12. Both count in integers.
+    steps = [(x, x.entry.get("step")) for x in stepped]
+    integers = [x for x, step in steps if "int" in str(getattr(step, "dtype", type(step)))]
+    smallest = min(map(_smallest_to_start, integers), default=np.inf)
+    # Far above, as averages of large gradients are, they tell nothing.
+    return PYTORCH if smallest < 1 else STABLE_BASELINES3 if smallest < 100 else None
+
+
+def _smallest_to_start(parameter: Parameter) -> float:
+    """The smallest ν, relative to what would be left of a 1 at which it had started; infinite if that is unknown."""
+    nu, step = _average(parameter), whole(f"step of {parameter.name}", parameter.entry["step"])
+    # Every update rounds in float32, where this may have become zero.
+    left = (array("alpha", parameter.group.get("alpha", 0)).item() * (1 - 2.0**-22)) ** step
+    return nu.min() / left if nu.size and left > np.finfo(np.float32).tiny else np.inf

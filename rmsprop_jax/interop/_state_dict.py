@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._text import listed, repeated
-from ._arrays import mapping, whole
+from ._arrays import array, mapping, whole
 
 
 __all__ = ["Names", "Parameter", "parameters", "parts_of", "steps_of"]
@@ -97,32 +97,32 @@ def parameters(
     """
     given, weights = _given(names)
     shapes = {name: tuple(np.shape(weight)) for name, weight in weights.items()}
-    keys = [key for group in groups for key in group["params"]]
-    stepped = [key for key in keys if entries.get(key)]
-    stored = _stored(groups, keys, weights)
-    if stored is not None:
-        name_of = _chosen(dict(zip(keys, stored, strict=True)), stepped, given, bool(weights))
-    elif given is None:
-        raise ValueError("the checkpoint does not name its parameters: give names, in the order of its groups")
-    elif len(given) not in (len(keys), len(stepped)):
-        raise ValueError(
-            f"the optimizer has {len(keys)} parameters, of which {len(stepped)} have stepped; names has {len(given)}: "
-            f"{given}"
-        )
-    else:
-        named = keys if len(given) == len(keys) else stepped
-        parts = [part for group in groups if (part := [key for key in group["params"] if key in named])]
+    group_of = {key: group for group in groups for key in group["params"]}
+    stepped = [key for key in group_of if entries.get(key)]
+    stored = _stored(groups, [*group_of], weights)
+    if stored is None:
+        if given is None:
+            raise ValueError("the checkpoint does not name its parameters: give names, in the order of its groups")
+        if len(given) not in (len(group_of), len(stepped)):
+            raise ValueError(
+                f"the optimizer has {len(group_of)} parameters, of which {len(stepped)} have stepped; "
+                f"names has {len(given)}: {given}"
+            )
+        keys = [*group_of] if len(given) == len(group_of) else stepped
+        parts = [part for group in groups if (part := [key for key in group["params"] if key in keys])]
         if weights and len(parts) > 1:
-            found = {key: tuple(np.shape(entries[key].get(average))) for key in stepped}
-            name_of = _by_shape(parts, found, {name: shapes[name] for name in given})
+            found = {key: array(f"{average} of parameter {key}", entries[key].get(average)).shape for key in stepped}
+            name_of = _by_shape(parts, found, shapes)
         else:
-            name_of = dict(zip(named, given, strict=True))
-    return [
-        Parameter(name_of[key], group, entries.get(key) or {}, shapes.get(name_of[key]))
-        for group in groups
-        for key in group["params"]
-        if key in name_of
-    ]
+            name_of = dict(zip(keys, given, strict=True))
+    else:
+        name_of = {key: name for key, name in stored.items() if given is None or name in given}
+        same_order = weights or given in (None, [*stored.values()], [stored[key] for key in stepped])
+        if not same_order or not name_of.keys() >= set(stepped):
+            raise ValueError(
+                f"the checkpoint names its parameters {[*stored.values()]}, which names contradicts: {given}"
+            )
+    return [Parameter(name, group_of[key], entries.get(key) or {}, shapes.get(name)) for key, name in name_of.items()]
 
 
 def _given(names: Names | None) -> tuple[list[str] | None, dict[str, Any]]:
@@ -142,50 +142,32 @@ def _given(names: Names | None) -> tuple[list[str] | None, dict[str, Any]]:
     return given, dict(items) if in_pairs else {}
 
 
-def _stored(groups: list[Mapping[str, Any]], keys: list[Any], weights: Mapping[str, Any]) -> list[str] | None:
-    """The names of all parameters, if the checkpoint has them, or if its keys are the weights themselves."""
+def _stored(groups: list[Mapping[str, Any]], keys: list[Any], weights: Mapping[str, Any]) -> dict[Any, str] | None:
+    """The names by key, if the checkpoint has them, or if its keys are the weights themselves."""
     if keys and all(isinstance(key, str) for key in keys):
-        return keys
+        return dict(zip(keys, keys, strict=True))
     if weights and any(hasattr(key, "shape") for key in keys):
-        name_of = {id(weight): name for name, weight in reversed(weights.items())}  # a tied weight's first name
+        name_of = {id(weight): name for name, weight in reversed([*weights.items()])}  # a tied weight's first name
         lacking = [tuple(key.shape) for key in keys if id(key) not in name_of]
         if not lacking:
-            return [name_of[id(key)] for key in keys]
+            return {key: name_of[id(key)] for key in keys}
         if len(lacking) < len(keys):
             raise ValueError(f"names lacks parameters of the optimizer, of the shapes {listed(lacking)}")
     stored = [name for group in groups for name in group.get("param_names") or ()]
-    return stored if keys and len(stored) == len(keys) else None
-
-
-def _chosen(every: dict[Any, str], stepped: list[Any], given: list[str] | None, mapped: bool) -> dict[Any, str]:
-    """The names by key without those that the caller leaves out; all of them must have stepped."""
-    stored = list(every.values())
-    if given is None or given == stored:
-        return every
-    some = {key: name for key, name in every.items() if name in set(given)}
-    if set(stepped) <= set(some) and (mapped or given == [every[key] for key in stepped]):
-        return some
-    raise ValueError(f"the checkpoint names its parameters {stored}, which names contradicts: {given}")
+    return dict(zip(keys, stored, strict=True)) if keys and len(stored) == len(keys) else None
 
 
 def _by_shape(groups: list[list[Any]], found: Mapping[Any, Shape], weights: Mapping[str, Shape]) -> dict[Any, str]:
-    """The names by key, where shapes tell which weight is in which group, and each group is in the model's order."""
-    places: dict[Shape | None, list[Any]] = {}  # None: what never stepped
-    homes: dict[Shape | None, set[int]] = {}
-    for i, keys in enumerate(groups):
-        for key in keys:
-            places.setdefault(found.get(key), []).append(key)
-            homes.setdefault(found.get(key), set()).add(i)
-    named: dict[Shape | None, list[str]] = {}
-    for name, shape in weights.items():
-        named.setdefault(shape if shape in places else None, []).append(name)
-    told = all(len(home) == 1 and len(places[shape]) == len(named.get(shape, ())) for shape, home in homes.items())
-    name_of = {key: name for shape, keys in places.items() for key, name in zip(keys, named.get(shape, ()), strict=told)}
-    order = {name: i for i, name in enumerate(weights)}
-    if told and all(positions == sorted(positions) for positions in [[order[name_of[k]] for k in g] for g in groups]):
-        return name_of
-    raise ValueError(
-        f"names is in the model's order, and the {len(groups)} groups of the optimizer may be in another: shapes do not "
-        "tell which weight is which. Pass the optimizer itself and the model, from_pytorch(optimizer, model), or a "
-        "list of names in the order of the groups"
-    )
+    """The names by key, where no two groups have a shape in common, and each keeps the model's order."""
+    name_of: dict[Any, str] = {}
+    for group in groups:
+        shapes = [found.get(key) for key in group]
+        names = [name for name, shape in weights.items() if shape in shapes]
+        if shapes != [weights[name] for name in names]:
+            raise ValueError(
+                f"names is in the model's order, and the {len(groups)} groups of the optimizer may be in another: "
+                "shapes do not tell which weight is which. Pass the optimizer itself and the model, "
+                "from_pytorch(optimizer, model), or a list of names in the order of the groups"
+            )
+        name_of |= zip(group, names, strict=True)
+    return name_of
