@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tomllib
 
+import figures
 import jax
 import optax
+import pages
 import pytest
 
 import rmsprop_jax
@@ -137,11 +139,19 @@ def test_a_notebook_is_kept_with_outputs_and_explains_its_figures(path):
     assert all(cells[i + 1]["cell_type"] == "markdown" for i in with_figure)
 
 
-def test_pictures_are_the_outputs_of_the_notebooks(monkeypatch):
-    """Only tests/benchmarks/figures.py writes them, so running a notebook changes none."""
-    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
-    import figures
+@pytest.mark.parametrize("page", pages.pages(), ids=lambda path: path.name)
+def test_the_tables_of_the_pages_are_those_of_the_results(page):
+    text = page.read_text()
+    assert text == pages.with_tables(text), "python tests/benchmarks/pages.py writes them"
 
+
+def test_every_table_stands_on_a_page():
+    text = "".join(page.read_text() for page in pages.pages())
+    assert set(re.findall("<!-- table: (.*?) -->", text)) == set(pages.TABLES)
+
+
+def test_pictures_are_the_outputs_of_the_notebooks():
+    """Only tests/benchmarks/figures.py writes them, so running a notebook changes none."""
     pictures = figures.from_notebooks()
     assert len(pictures) >= len(NOTEBOOKS)
     for name, png in pictures.items():

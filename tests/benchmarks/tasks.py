@@ -3,7 +3,6 @@
 import functools
 import gzip
 import pathlib
-import pydoc_data.topics
 import re
 import subprocess
 import sys
@@ -66,12 +65,6 @@ def images(network: Callable[[nnx.Rngs], nnx.Module], train: Any, test: Any, bat
         return nnx.state(network(nnx.Rngs(key)), nnx.Param)
 
     return Problem(init, batch, loss, test, **kwargs)
-
-
-def digits() -> Problem:
-    train, test = _digits.load(0)
-    test = jax.tree.map(lambda x: x[None], test)
-    return images(_digits.ConvNet, train, test, _digits.BATCH, steps=300, learning_rate=1e-3)
 
 
 def fashion(steps: int = 470) -> Problem:
@@ -143,12 +136,6 @@ def characters(text: str, length: int, size: int, held_out: int, steps: int) -> 
     windows = test[: len(test) // (length + 1) * (length + 1)].reshape(-1, length + 1)
     windows = windows[: len(windows) // 256 * 256].reshape(-1, 256, length + 1)
     return Problem(init, batch, loss, windows, steps, learning_rate=1e-3)
-
-
-def documentation() -> Problem:
-    topics = pydoc_data.topics.topics
-    text = "".join(topics[name] for name in sorted(topics))
-    return characters(text, length=32, size=8, held_out=9_000, steps=300)
 
 
 def shakespeare(size: int = 8, steps: int = 3000) -> Problem:
