@@ -19,7 +19,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +156,13 @@ SETTINGS = {
 }
 
 
+def environment(name: str) -> tuple[Any, Any]:
+    """gymnax allows no jax above 0.11. What is measured can be read and drawn without it."""
+    import gymnax
+
+    return gymnax.make(name)
+
+
 # --- Networks: lists of layers, initialised in NumPy, because a vmapped QR under jit can deadlock on few cores ------
 
 
@@ -195,7 +201,7 @@ class Episodes(NamedTuple):
 
 
 def actor_critic(setting: Setting, tx: Optimizer) -> Callable[[Any, jax.Array], jax.Array]:
-    env, env_params = gymnax.make(setting.environment)
+    env, env_params = environment(setting.environment)
     discount = 0.99
     updates = setting.frames // (setting.envs * setting.steps)
     reduce = jnp.sum if setting.summed else jnp.mean
@@ -262,7 +268,7 @@ def actor_critic(setting: Setting, tx: Optimizer) -> Callable[[Any, jax.Array], 
 
 def dqn(setting: Setting, tx: Optimizer) -> Callable[[Any, jax.Array], jax.Array]:
     """MinAtar's numbers: batches of 32, a new target every 1,000 frames, ε-greedy from 1 to 0.1 over 10,000 frames."""
-    env, env_params = gymnax.make(setting.environment)
+    env, env_params = environment(setting.environment)
     discount, size, begin, batch = 0.99, 10_000, 1_000, 32
     relu = functools.partial(apply, activation=jax.nn.relu)
 
@@ -320,7 +326,7 @@ def curve(total: jax.Array, finished: jax.Array) -> jax.Array:
 def trainer(setting: Setting, dialect: Dialect) -> Callable[[Sequence[int], float], np.ndarray]:
     """A function from seeds and a learning rate to learning curves of shape (seeds, POINTS). Compiled once."""
     updates = setting.frames // (setting.envs * setting.steps)
-    env, env_params = gymnax.make(setting.environment)
+    env, env_params = environment(setting.environment)
     inputs = int(np.prod(env.observation_space(env_params).shape))
     agent = {"actor-critic": actor_critic, "dqn": dqn}[setting.agent]
 
