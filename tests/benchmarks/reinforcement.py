@@ -1,16 +1,15 @@
 """python tests/benchmarks/reinforcement.py: the same agent, and only RMSProp's dialect differs.
 
 * `dialects`: everything else is the same, the learning rate too. A2C, IMPALA's numbers and DQN on gymnax' CartPole and
-  MinAtar Breakout. "curve" is the mean return over the whole training. p is a permutation test against the first row of a
-  setting, with Holm's correction for the rows of that setting.
-* `tuned`: each dialect has the best of its own rates, chosen with eight seeds from a grid with a factor of √10 between them. Sixteen
-  other seeds report on it.
+  MinAtar Breakout. p is a permutation test against the first row of a setting, with Holm's correction for its rows.
+* `tuned`: each dialect has the best of its own learning rates, chosen with eight seeds from a grid with a factor of √10
+  between them. Sixteen other seeds report on it.
 
 Returns are means over the last tenth of training, with a 95 % bootstrap interval over the seeds. All seeds of a row are one
 vmapped program, which takes a minute or less.
 
-Needs `pip install -e ".[notebooks]"`. Prints Markdown; `--json FILE` keeps every seed and its curve, and a run goes on with
-what the file has. `--only` picks settings, `--dialects` their rows, `--seeds` bounds the number of seeds, `--minutes` the time.
+Needs `pip install -e ".[notebooks]"`. `--json FILE` keeps every seed and its curve, and a run goes on with
+what the file has; `python tests/benchmarks/pages.py` makes the tables. `--only` picks settings, `--dialects` their rows, `--seeds` bounds the number of seeds, `--minutes` the time.
 """
 
 import argparse
@@ -25,7 +24,7 @@ import numpy as np
 import optax
 from report import Report
 from rich.progress import track
-from tuning import cheapest, grid, groups, Measurements, search, TimeIsUp, width
+from tuning import cheapest, grid, groups, Measurements, search, TimeIsUp
 
 from rmsprop_jax import dialects, rmsprop, round_params_stochastically
 
@@ -425,11 +424,6 @@ def ends_of(row: dict[str, Any]) -> np.ndarray:
     return last_tenth(np.array(row["curves"], float))
 
 
-def means_of(row: dict[str, Any]) -> np.ndarray:
-    """Over the whole training."""
-    return np.nanmean(np.array(row["curves"], float), 1)
-
-
 def compare(measurements: Measurements, name: str, setting: Setting, dialect: str, seeds: int | None = None) -> None:
     """Measures one dialect at the rate of the setting."""
     some = range(setting.seeds)[:seeds]
@@ -479,38 +473,6 @@ def returns(rows: list[dict[str, Any]], setting: str, dialect: str) -> dict[floa
     return {row["rate"]: float(np.nanmean(ends_of(row))) for row in some}
 
 
-def tuned_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Dialects that are tuned; the difference is that from the first of its setting."""
-    result = []
-    for (name,), fresh in groups([row for row in rows if row["seeds"] == "fresh"], ["setting"]):
-        digits = decimals(name)
-        first, whole = ends_of(fresh[0]), means_of(fresh[0])
-        for row in fresh:
-            found, end = returns(rows, name, row["dialect"]), ends_of(row)
-            result.append(
-                {
-                    "setting": name,
-                    "dialect": row["dialect"],
-                    "best rate": row["rate"],
-                    "return": interval(end, digits),
-                    "minus the first's": "" if row is fresh[0] else difference(end, first, digits),
-                    "curve": interval(means_of(row), digits),
-                    "curve minus the first's": "" if row is fresh[0] else difference(means_of(row), whole, digits),
-                    "rates within 10 %": f"x {width({rate: -x for rate, x in found.items()})}",
-                    "return at the first's best rate": f"{found.get(fresh[0]['rate'], np.nan):.{digits}f}",
-                }
-            )
-    return result
-
-
-def difference(a: np.ndarray, b: np.ndarray, digits: int, draws: int = 10_000) -> str:
-    """The difference of two means, with a 95 % bootstrap interval."""
-    rng = np.random.default_rng(0)
-    means = [rng.choice(x, (draws, len(x))).mean(1) for x in (a, b)]
-    low, high = np.quantile(means[0] - means[1], (0.025, 0.975))
-    return f"{a.mean() - b.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
 # --- Reporting --------------------------------------------------------------------------------------------------------
 
 
@@ -538,9 +500,7 @@ def main() -> None:
     with contextlib.suppress(TimeIsUp):
         for setting, dialect in track(jobs, name):
             run(measurements, setting, settings[setting], dialect, arguments.seeds)
-    if name == "tuned":
-        report.show(tuned_table(measurements.rows()))
-    else:
+    if name == "reinforcement":
         report.add("table", table(measurements.rows()))  # a notebook prints it
 
 
