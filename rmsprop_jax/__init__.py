@@ -8,6 +8,7 @@ from ._rmsprop import (
     scale_by_rms as scale_by_rms,
 )
 from ._rounding import (
+    params_in_bfloat16 as params_in_bfloat16,
     params_in_float32 as params_in_float32,
     round_params_stochastically as round_params_stochastically,
     RoundParamsState as RoundParamsState,

@@ -150,12 +150,6 @@ def to_16_bits(x: jax.Array, noise: Any) -> jax.Array:
     return jnp.where(jnp.isnan(x), x, _upper_half(bits(x) + (noise >> 16)))
 
 
-def nearest_bfloat16(x: jax.Array) -> jax.Array:
-    """The bfloat16 nearest to a float32, half away from zero. The lower half of a NaN's bits must be zero."""
-    word = bits(x) + np.uint32(0x8000)
-    return jax.lax.bitcast_convert_type((word >> 16).astype(jnp.uint16), jnp.bfloat16)
-
-
 # --- Three bytes: a bfloat16 and the eight bits behind it --------------------------------------------------
 
 
@@ -163,6 +157,14 @@ def to_24_bits(x: jax.Array, noise: jax.Array) -> jax.Array:
     """The bits of a float32, rounded stochastically to 24. Ignore the last eight."""
     # A carry out of these 24 bits is right, and none comes out of inf. Some NaN have one, but not that of NumPy.
     return jnp.where(jnp.isnan(x), np.float32(np.nan).view(np.uint32), bits(x) + (noise >> 24))
+
+
+def nearest_24_bits(x: jax.Array) -> jax.Array:
+    """The bits of a float32, rounded to the nearest 24, and finite if it is. Ignore the others."""
+    x = _as_float32(x)
+    largest = float(np.uint32(0x7F7F7F00).view(np.float32))  # the largest bfloat16 and a rest of 127
+    x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
+    return jnp.where(jnp.isnan(x), np.float32(np.nan).view(np.uint32), bits(x) + np.uint32(0x80))
 
 
 def nearest_16_bits(weight: jax.Array) -> jax.Array:
@@ -174,11 +176,6 @@ def nearest_16_bits(weight: jax.Array) -> jax.Array:
 def rest_of(weight: jax.Array) -> jax.Array:
     """A weight of 24 bits minus its nearest bfloat16, in units of 2⁻⁸ of the bfloat16's last place."""
     return (weight >> 8).astype(jnp.int8)
-
-
-def without_rest(weight: jax.Array, rest: jax.Array) -> jax.Array:
-    """The weight of 24 bits minus this rest."""
-    return weight - (rest.astype(jnp.int32) << 8).astype(jnp.uint32)
 
 
 def join(upper: jax.Array, rest: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """bfloat16 parameters that keep learning."""
 
-import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from . import _bits, _equality, _placement, _pytree, _storage
+from . import _bits, _checks, _equality, _placement, _pytree, _storage
+from ._rmsprop import RMSPropState
+
+
+__all__ = ["RoundParamsState", "params_in_bfloat16", "params_in_float32", "round_params_stochastically"]
 
 
 class RoundParamsState(NamedTuple):
@@ -80,8 +84,7 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
         Ozkara et al., `Stochastic rounding for LLM training <https://arxiv.org/abs/2502.20566>`_, 2025.
         `FlashOptim <https://arxiv.org/abs/2602.23349>`_, 2026, keeps a rest as well, rounded to nearest.
     """
-    if not isinstance(keep_rest, bool):
-        raise TypeError(f"keep_rest={keep_rest!r} has type {type(keep_rest).__name__}: allowed are True and False")
+    keep_rest = _checks.flag("keep_rest", keep_rest)
 
     def init(params: optax.Params) -> RoundParamsState:
         def rest(p: Any) -> jax.Array | None:
@@ -96,10 +99,11 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
             raise TypeError(f"state has type {type(state).__name__}: allowed is the RoundParamsState that init makes")
         if params is None:
             raise ValueError("round_params_stochastically needs params: call update(updates, state, params)")
-        if updates is not None and (state.rest is None) == keep_rest:
+        has_rest = state.rest is not None
+        if has_rest != keep_rest and (has_rest or any(map(_is_bfloat16, jax.tree.leaves(params)))):
             raise ValueError(
-                f"state.rest is {'' if keep_rest else 'not '}None, and keep_rest={keep_rest}: "
-                "carry the state over with interop.from_rmsprop(state, tx.init(params))"
+                f"state.rest is {'not ' if has_rest else ''}None, and keep_rest={keep_rest}: "
+                "carry the state over with carry_over(state, tx.init(params))"
             )
         # The others pass through, and some may be no arrays: the functions of an Equinox module.
         params = jax.tree.map(lambda p: p if _is_bfloat16(p) else None, params)
@@ -109,18 +113,22 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
 
 
 def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
-    """The parameters in float32, with the rest that :func:`round_params_stochastically` keeps.
+    """The parameters in float32, with the remainders that :func:`round_params_stochastically` keeps.
 
     For evaluation, averages and export. An average of bfloat16 parameters stands still at decays of 0.99 and
-    more, so average these.
+    more, so average these. Its derivative is that of a cast, so a loss may call it.
 
     Args:
         params: the parameters. Those in half precision become float32; all others stay as they are, also leaves
             that are no arrays.
-        state: the optimizer's state, in any wrapper. Without a rest in it, this is a cast.
+        state: the optimizer's state, in any wrapper. Without a remainder in it, this is a cast.
+
+    Returns:
+        A tree like `params`.
 
     Raises:
-        ValueError: `state` has a rest for parameters that `params` lacks, or has in another shape.
+        TypeError: `params` is an optimizer's state, or `state` has lost its types in a checkpoint.
+        ValueError: `state` has a remainder for parameters that `params` lacks, or has in another shape.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -133,18 +141,66 @@ def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
         >>> print([f"{x:.3f}" for x in rmsprop_jax.params_in_float32(params, state)])
         ['0.999', '0.999', '0.999']
     """
-    rests: dict[Any, Any] = {}
-    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RoundParamsState)):
-        if isinstance(node, RoundParamsState):
-            rests |= dict(tree_flatten_with_path(node.rest)[0])
-    leaves, treedef = tree_flatten_with_path(params)
-    shapes = {path: getattr(p, "shape", None) for path, p in leaves}
-    if wrong := [f"params{keystr(path)}" for path, rest in rests.items() if shapes.get(path) != rest.shape]:
-        raise ValueError(
-            f"state has a rest for {', '.join(wrong)}, and there is no array of its shape: give the parameters that "
-            "the optimizer was initialized with. (Inside optax.flatten, a rest is one vector.)"
-        )
+    leaves, treedef, rests = _with_remainders(params, state)
     return treedef.unflatten(_in_float32(p, rests.get(path)) for path, p in leaves)
+
+
+def params_in_bfloat16(params: optax.Params, state: Any) -> tuple[optax.Params, Any]:
+    """Float32 parameters as bfloat16, with what is cut off in the state: the reverse of :func:`params_in_float32`.
+
+    Training goes on in four bytes from a float32 checkpoint, and no weight loses any of its first 24 bits (8 of the
+    exponent, 16 of the mantissa).
+
+    Args:
+        params: the parameters. Those for which `state` has a remainder become bfloat16, unless they are already; all
+            others stay as they are.
+        state: the optimizer's state, in any wrapper, made for bfloat16 parameters with `keep_rest=True`.
+
+    Returns:
+        The parameters, and the state with their remainders. A weight is rounded to the nearest of 24 bits. One that
+        is finite stays finite: beyond the range of bfloat16 it becomes the largest weight, 3.396e38.
+
+    Raises:
+        TypeError: `params` is an optimizer's state, `state` has lost its types in a checkpoint, or a parameter that
+            should become bfloat16 is not real.
+        ValueError: `state` keeps no remainder, or has one for parameters that `params` lacks, or has in another shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, rmsprop_jax
+        >>> tx = optax.chain(optax.sgd(1e-5), rmsprop_jax.round_params_stochastically(keep_rest=True))
+        >>> weights = {"w": jnp.array([0.1, 0.2, 0.3])}
+        >>> state = tx.init(jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights))
+        >>> params, state = rmsprop_jax.params_in_bfloat16(weights, state)
+        >>> print(params["w"].dtype, [f"{x:.5f}" for x in rmsprop_jax.params_in_float32(params, state)["w"]])
+        bfloat16 ['0.10000', '0.20000', '0.30000']
+    """
+    leaves, treedef, rests = _with_remainders(params, state)
+    if not rests and any(_is_float(p) for _, p in leaves):
+        raise ValueError(
+            "state keeps no remainder, so that bfloat16 parameters would lose most of their bits: make it for bfloat16 "
+            "parameters with round_params_stochastically(keep_rest=True). To lose them, cast with astype(jnp.bfloat16)"
+        )
+    new: dict[Any, tuple[Any, Any]] = {}
+    for path, p in leaves:
+        rest = rests.get(path)
+        if rest is None or _is_bfloat16(p):
+            new[path] = p, rest
+        elif _is_float(p):
+            new[path] = _split(p)
+        else:
+            raise TypeError(
+                f"params{keystr(path)} has dtype {p.dtype}, and state a remainder for it: allowed are floats"
+            )
+
+    def with_new_rest(node: Any) -> Any:
+        if not isinstance(node, RoundParamsState):
+            return node
+        return node._replace(rest=jax.tree.map_with_path(lambda path, _: new[path][1], node.rest))
+
+    return (
+        treedef.unflatten(p for p, _ in new.values()),
+        jax.tree.map(with_new_rest, state, is_leaf=lambda x: isinstance(x, RoundParamsState)),
+    )
 
 
 @jax.jit
@@ -156,95 +212,129 @@ def _update(
     leaves, treedef = _pytree.flatten(updates)
     params_column = _pytree.column(updates, params, "params", "update")
     new: list[Any] = [u for _, u in leaves]
-    rests: list[Any] = new if state.rest is None else _pytree.column(updates, state.rest, "state.rest", "update")
+    has_rest = state.rest is not None
+    rests: list[Any] = [None] * len(new)
+    if has_rest:
+        rests = _pytree.column(updates, state.rest, "state.rest", "update")
     for i, ((path, u), p) in enumerate(zip(leaves, params_column, strict=True)):
-        if u is None or p is None:
+        if u is None:
             continue
-        _check_shape(path, u, "parameter", p)
-        if state.rest is None:
-            new[i] = _round_array(_bits.within_stack(seed, layer, p.shape), u, p)
-        else:
-            _check_shape(path, u, "state.rest", rests[i])
-            new[i], rests[i] = _round_array_and_rest(_bits.within_stack(seed, layer, p.shape), u, p, rests[i])
-    rest = None if state.rest is None else treedef.unflatten(rests)
-    return treedef.unflatten(new), RoundParamsState(step, rest)
+        if has_rest and (p is None) != (rests[i] is None):
+            found = "a remainder, and the parameter is not" if p is None else "no remainder, and the parameter is"
+            raise ValueError(
+                f"state.rest{keystr(path)} has {found} in bfloat16: make the state for these parameters with init, or "
+                "the parameters for this state with params_in_bfloat16"
+            )
+        if p is None:
+            continue
+        for name, other in {"parameter": p, "state.rest": rests[i]}.items():
+            if other is not None and jnp.shape(other) != jnp.shape(u):
+                raise ValueError(
+                    f"update{keystr(path)} has shape {jnp.shape(u)}, its {name} {jnp.shape(other)}: they must be equal"
+                )
+        new[i], rests[i] = _round_array(_bits.within_stack(seed, layer, p.shape), u, p, rests[i])
+    return treedef.unflatten(new), RoundParamsState(step, treedef.unflatten(rests) if has_rest else None)
 
 
-def _check_shape(path: Any, u: Any, name: str, other: Any) -> None:
-    if getattr(other, "shape", None) != jnp.shape(u):
-        found = "None" if other is None else jnp.shape(other)
-        raise ValueError(f"update{keystr(path)} has shape {jnp.shape(u)}, its {name} {found}: they must be equal")
-
-
+# One array. It is traced once for all leaves of a shape.
 @jax.jit
-def _round_array(seed: _bits.Seed, u: jax.Array, p: jax.Array) -> jax.Array:
-    start = p.astype(jnp.float32)
-    exact = start + u.astype(jnp.float32)
-    return _narrow(u.dtype, _difference(_bits.to_16_bits(exact, _bits.noise(seed, exact)), start))
-
-
-@jax.jit
-def _round_array_and_rest(seed: _bits.Seed, u: jax.Array, p: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
-    exact = _bits.join(p, rest) + u.astype(jnp.float32)
-    return jax.lax.platform_dependent(
-        *(p, _bits.to_24_bits(exact, _bits.noise(seed, exact))),
-        cpu=functools.partial(_update_and_rest_on_cpu, u.dtype),
-        default=functools.partial(_update_and_rest, u.dtype),
-    )
-
-
-def _update_and_rest(dtype: Any, p: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    update = _difference(_bits.nearest_16_bits(weight), p.astype(jnp.float32))
-    # XLA may leave out a conversion to bfloat16 and back, but never reduce_precision.
-    precision = jnp.finfo(dtype)
-    if precision.nmant < 23:
-        update = jax.lax.reduce_precision(update, precision.nexp, precision.nmant)
-    update = update.astype(dtype)
-    # As in optax.apply_updates: then a TPU computes the parameter and the rest in one kernel.
-    wide = jnp.promote_types(p.dtype, dtype)
-    return update, _rest(weight, p.astype(wide) + update.astype(wide))
-
-
-def _update_and_rest_on_cpu(dtype: Any, p: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # XLA's CPU backend has no kernel with two results. It computes everything again for each of them, and from copies
-    # of p and of the old rest, unless one result needs the other: then it keeps what both need, the weight. So the
-    # update comes from the weight without its rest. The nearest bfloat16 is the same.
-    start = p.astype(jnp.float32)
-
-    def update(weight: jax.Array) -> jax.Array:
-        return _narrow(dtype, _difference(_bits.nearest_16_bits(weight), start))
-
-    # The sum stays in float32: on some meshes, and not on others, XLA would leave out that it is rounded.
-    rest = _rest(weight, start + update(weight).astype(jnp.float32))
-    return update(_bits.without_rest(weight, rest)), rest
-
-
-def _rest(weight: jax.Array, landed: jax.Array) -> jax.Array:
-    """The rest of a weight: 0 where optax.apply_updates does not land on the nearest bfloat16, or lands on inf."""
-    off = landed.astype(jnp.float32) - _bits.nearest_16_bits(weight)
-    return jnp.where(off == 0, _bits.rest_of(weight), jnp.int8(0))
+def _round_array(
+    seed: _bits.Seed, u: jax.Array, p: jax.Array, rest: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    # A product in bfloat16 may come unrounded from the same program: on one device it does, on some meshes not.
+    exact = (p.astype(jnp.float32) if rest is None else _bits.join(p, rest)) + _rounded(u.astype(jnp.float32), u.dtype)
+    noise = _bits.noise(seed, exact)
+    if rest is None:
+        return _difference(_bits.to_16_bits(exact, noise), p.astype(jnp.float32)).astype(u.dtype), None
+    weight = _bits.to_24_bits(exact, noise)
+    difference = _difference(_bits.nearest_16_bits(weight), p.astype(jnp.float32))
+    update = _rounded(difference, u.dtype)
+    # No remainder where u cannot hold the difference, or where it is inf: then this is inf - inf.
+    exactly = update - difference == 0
+    update = update.astype(u.dtype)
+    # As in optax.apply_updates: a TPU computes two results in one kernel if one of them needs the other.
+    wide = jnp.promote_types(p.dtype, u.dtype)
+    landed = p.astype(wide) + update.astype(wide)
+    return update, jnp.where(exactly & (landed != 0), _bits.rest_of(weight), jnp.int8(0))
 
 
 def _difference(end: jax.Array, start: jax.Array) -> jax.Array:
-    # -0 is the number that changes nothing when it is added, not even -0; and inf - inf is NaN.
+    """What to add to `start`: -0.0 where they are equal, since x + (-0.0) is x even for -0.0, and inf - inf is NaN."""
     return jnp.where(end == start, -0.0, end - start)
 
 
-def _narrow(dtype: Any, x: jax.Array) -> jax.Array:
-    """A difference of bfloat16 numbers, in the dtype of an update."""
-    if dtype != jnp.bfloat16:
-        return x.astype(dtype)
-    # XLA's CPU backend takes eight instructions for a conversion to bfloat16.
-    return jax.lax.platform_dependent(x, cpu=_bits.nearest_bfloat16, default=lambda x: x.astype(jnp.bfloat16))
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """A float32 rounded to `dtype`. XLA may leave out a conversion and back, but never `reduce_precision`."""
+    precision = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, precision.nexp, precision.nmant)
+
+
+# --- Parameters with their remainders ---------------------------------------------------------------------
+
+
+def _with_remainders(params: Any, state: Any) -> tuple[list[tuple[Any, Any]], Any, dict[Any, Any]]:
+    """The parameters with their paths, their tree, and the remainders in a state by the same paths."""
+    for node in jax.tree.leaves(params, is_leaf=_is_state):
+        if _is_state(node):
+            raise TypeError(f"params has a {type(node).__name__} in it: the parameters come first, and then the state")
+    rests: dict[Any, Any] = {}
+    for node in jax.tree.leaves(state, is_leaf=lambda x: _is_state(x) or _was_rounding(x)):
+        if isinstance(node, RoundParamsState):
+            rests |= dict(tree_flatten_with_path(node.rest)[0])
+        elif _was_rounding(node):
+            raise TypeError(
+                "state has a dict in the place of a RoundParamsState, as Orbax restores it without a target: restore "
+                "it like tx.init(params)"
+            )
+    leaves, treedef = tree_flatten_with_path(params)
+    shapes = {path: getattr(p, "shape", None) for path, p in leaves}
+    if wrong := [f"params{keystr(path)}" for path, rest in rests.items() if shapes.get(path) != rest.shape]:
+        raise ValueError(
+            f"state has a remainder for {', '.join(wrong)}, and there is no array of its shape: give the parameters "
+            "that the optimizer was initialized with. (Inside optax.flatten, a remainder is one vector.)"
+        )
+    return leaves, treedef, rests
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, (RoundParamsState, RMSPropState))
+
+
+def _was_rounding(x: Any) -> bool:
+    return isinstance(x, Mapping) and x.keys() == set(RoundParamsState._fields)
 
 
 def _in_float32(p: Any, rest: jax.Array | None) -> Any:
-    if rest is not None:
-        return _bits.join(p, rest)
+    if rest is not None and _is_bfloat16(p):
+        return _join(p, rest)
     if not (hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.inexact)):
         return p
     return jnp.asarray(p, _storage.compute_dtype(p.dtype))
 
 
+@jax.custom_jvp
+def _join(p: jax.Array, rest: jax.Array) -> jax.Array:
+    return _bits.join(p, rest)
+
+
+@_join.defjvp
+def _derivative_of_a_cast(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
+    return _join(*primals), tangents[0].astype(jnp.float32)
+
+
+@jax.jit
+def _split(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The nearest bfloat16 and the remainder."""
+    word = _bits.nearest_24_bits(weight)
+    upper = _bits.nearest_16_bits(word)
+    return upper.astype(jnp.bfloat16), jnp.where(upper == 0, jnp.int8(0), _bits.rest_of(word))
+
+
 def _is_bfloat16(p: Any) -> bool:
     return getattr(p, "dtype", None) == jnp.bfloat16
+
+
+def _is_float(p: Any) -> bool:
+    return hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.floating)

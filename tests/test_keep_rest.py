@@ -10,7 +10,14 @@ from flax import nnx
 from hypothesis import example, given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from rmsprop_jax import interop, params_in_float32, rmsprop, round_params_stochastically, RoundParamsState
+from rmsprop_jax import (
+    interop,
+    params_in_bfloat16,
+    params_in_float32,
+    rmsprop,
+    round_params_stochastically,
+    RoundParamsState,
+)
 
 
 pytestmark = pytest.mark.usefixtures("users_climate")  # float32 updates of bfloat16 parameters
@@ -172,7 +179,9 @@ def test_errors_name_the_way_out():
         for state in (rmsprop(0.1).init(PARAMS), None, (), optax.EmptyState()):
             with pytest.raises(TypeError, match="allowed is the RoundParamsState that init makes"):
                 tx.update(GRADS, state, PARAMS)
-    with pytest.raises(ValueError, match=r"state.rest is None, and keep_rest=True: carry the state over with interop"):
+    with pytest.raises(
+        ValueError, match=r"state.rest is None, and keep_rest=True: carry the state over with carry_over"
+    ):
         FOUR_BYTES.update(GRADS, three.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match=r"state.rest is not None, and keep_rest=False: carry"):
         three.update(GRADS, FOUR_BYTES.init(PARAMS), PARAMS)
@@ -183,7 +192,9 @@ def test_errors_name_the_way_out():
     with pytest.raises(ValueError, match=r"no \['w'\] in params for its update"):
         FOUR_BYTES.update(GRADS, state, {k: v for k, v in PARAMS.items() if k != "w"})
     for params in ({}, PARAMS | {"w": jnp.ones(3)}):
-        with pytest.raises(ValueError, match=r"state has a rest for params\['w'\], and there is no array of its shape"):
+        with pytest.raises(
+            ValueError, match=r"state has a remainder for params\['w'\], and there is no array of its shape"
+        ):
             params_in_float32(params, state)
 
 
@@ -279,3 +290,64 @@ def test_whole_models_of_flax_and_equinox():
     assert wide.activation is mlp.activation
     assert wide.layers[0].weight.dtype == jnp.float32
     assert (wide.layers[0].weight != mlp.layers[0].weight.astype(jnp.float32)).any()
+
+
+# --- Parameters in float32 and back -----------------------------------------------------------------------
+
+SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 3.4028235e38, -3.4028235e38, 3.39e38, 1.0, -1.9999999, 0.1]
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit])
+def test_float32_weights_keep_24_bits_in_four_bytes(jit):
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=10_000) * 10.0 ** rng.integers(-30, 30, 10_000)
+    w = {"w": jnp.asarray(normal, jnp.float32), "special": jnp.asarray(SPECIAL, jnp.float32), "n": jnp.arange(3)}
+    state = optax.apply_if_finite(FOUR_BYTES, 2).init(w | {k: w[k].astype(jnp.bfloat16) for k in ("w", "special")})
+    params, state = jit(params_in_bfloat16)(w, state)
+    assert params["w"].dtype == params["special"].dtype == jnp.bfloat16
+    assert params["n"].dtype == jnp.int32
+    back = params_in_float32(params, state)
+    bits = np.asarray(w["w"]).view(np.uint32)
+    np.testing.assert_array_equal(back["w"], ((bits + 0x80) & 0xFFFFFF00).view(np.float32))
+    np.testing.assert_allclose(params["w"].astype(jnp.float32), back["w"], rtol=2.0**-8)
+    np.testing.assert_allclose(back["special"], [
+        *SPECIAL[:5], 3.3961256e38, -3.3961256e38, *SPECIAL[7:]
+    ], rtol=2.0**-16)  # fmt: skip
+    assert np.signbit(back["special"][1])
+    again, _ = params_in_bfloat16(params, state)
+    np.testing.assert_array_equal(again["w"], params["w"])
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.checkpoint])
+def test_the_derivative_of_params_in_float32_is_that_of_a_cast(transform):
+    state = RoundParamsState(jnp.int32(0), jnp.asarray([5, -100, 0], jnp.int8))
+    p = jnp.asarray([1.0, -2.0, 0.0], jnp.bfloat16)
+    loss = transform(lambda p: (params_in_float32(p, state) ** 2).sum())
+    wide = params_in_float32(p, state)
+    np.testing.assert_array_equal(jax.grad(loss)(p), (2 * wide).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(jax.jvp(loss, (p,), (p,))[1], (2 * wide * p.astype(jnp.float32)).sum())
+    np.testing.assert_array_equal(params_in_float32(wide, state), wide)  # float32 leaves have their remainder
+
+
+def test_what_is_no_state_with_remainders_is_refused():
+    p, w = {"w": jnp.ones(3, jnp.bfloat16)}, {"w": jnp.ones(3)}
+    state = FOUR_BYTES.init(p)
+    for f in (params_in_float32, params_in_bfloat16):
+        with pytest.raises(TypeError, match="params has a RoundParamsState in it: the parameters come first"):
+            f(state, p)
+        with pytest.raises(TypeError, match="state has a dict in the place of a RoundParamsState, as Orbax"):
+            f(p, [state._asdict()])
+    for nothing in (FOUR_BYTES.init(w), round_params_stochastically().init(p), optax.sgd(0.1).init(p)):
+        with pytest.raises(ValueError, match="state keeps no remainder"):
+            params_in_bfloat16(w, nothing)
+    with pytest.raises(ValueError, match=r"state.rest\['w'\] has a remainder, and the parameter is not in bfloat16"):
+        FOUR_BYTES.update(w, state, w)
+    with pytest.raises(ValueError, match=r"state.rest\['w'\] has no remainder, and the parameter is in bfloat16"):
+        FOUR_BYTES.update(p, FOUR_BYTES.init(w), p)
+
+
+@pytest.mark.parametrize("params", [jnp.ones(3), {}, {"a": jnp.ones(3)}, ()], ids=str)
+def test_what_has_no_bfloat16_passes_with_keep_rest(params):
+    updates, state = FOUR_BYTES.update(params, FOUR_BYTES.init(params), params)
+    assert updates == params if not jax.tree.leaves(params) else (jax.tree.leaves(updates)[0] == 1).all()
+    assert jax.tree.leaves(state) == [1]
