@@ -6,6 +6,7 @@ To add a framework, add a runner and a row.
 """
 
 import abc
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from model import Arrays, convert, convert_back, NAMES, STOP, with_underscores
-from problems import grads, START, STEPS, trajectory
+from problems import grads, scanned, START, STEPS
 
 from rmsprop_jax import dialects, interop, rmsprop
 
@@ -634,18 +635,25 @@ def in_two(tx: Any, first: str = "0", second: str = "1") -> optax.GradientTransf
 
 def ours(framework: Framework, arguments: dict[str, Any], rates: np.ndarray) -> np.ndarray:
     """The dialect's trajectory, with the gradients that the framework gets."""
-    arguments = dict(arguments)
-    if arguments.get("corrected_weight_decay"):
-        arguments["max_lr"] = float(rates.max())
-    if "exclude" in arguments:
-        arguments["weight_decay_mask"] = {part: i != arguments["exclude"] for i, part in enumerate(framework.parts)}
-        del arguments["exclude"]
-    rate = float(rates.max()) if framework.dialect is dialects.dreamer else lambda count: jnp.asarray(rates)[count]
-    tx = framework.dialect(rate, **arguments)
-    tx = in_two(tx, *framework.parts) if len(framework.parts) == 2 else tx
+    numbers = {name: value for name, value in arguments.items() if isinstance(value, float)}
+    others = tuple((name, value) for name, value in arguments.items() if name not in numbers)
     # optax.MultiSteps mixes dtypes.
     with jax.numpy_dtype_promotion("standard" if "gradient_accumulation_steps" in arguments else "strict"):
-        return trajectory(tx, grads=lambda p, t: loss_scale(arguments) * grads(p, t))
+        return np.asarray(_ours(framework.dialect, framework.parts, others, numbers, rates))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _ours(dialect, parts, others, numbers, rates):
+    """The numbers are traced: calls that differ in them alone, and relatives, share their compiled program."""
+    arguments = dict(others) | numbers
+    if arguments.get("corrected_weight_decay"):
+        arguments["max_lr"] = rates.max()
+    if "exclude" in arguments:
+        excluded = arguments.pop("exclude")
+        arguments["weight_decay_mask"] = {part: i != excluded for i, part in enumerate(parts)}
+    tx = dialect(rates.max() if dialect is dialects.dreamer else lambda count: rates[count], **arguments)
+    tx = in_two(tx, *parts) if len(parts) == 2 else tx
+    return scanned(tx, STEPS, lambda p, t: loss_scale(arguments) * grads(p, t), jnp.asarray(START))
 
 
 def case_name(arguments: dict[str, Any], schedule: str) -> str:

@@ -27,11 +27,11 @@ def grads(p, t):
 
 def trajectory(tx, start=START, steps=STEPS, grads=grads):
     """The parameters, an array or a tree, after each step of an Optax transformation, in one compiled scan."""
-    return jax.tree.map(np.asarray, _scanned(tx, steps, grads, jax.tree.map(jnp.asarray, start)))
+    return jax.tree.map(np.asarray, scanned(tx, steps, grads, jax.tree.map(jnp.asarray, start)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _scanned(tx, steps, grads, params):
+def scanned(tx, steps, grads, params):
     def step(carry, t):
         params, state = carry
         updates, state = tx.update(grads(params, t), state, params)

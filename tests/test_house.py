@@ -175,7 +175,8 @@ FLOORS = [
     ["interop/_rows"],
     ["interop/_carry"],
     ["interop/_arrays"],
-    ["interop/_named", "interop/_state_dict"],
+    ["interop/_named"],
+    ["interop/_state_dict"],
     [
         f"interop/_{name}"
         for name in ("bitsandbytes", "keras", "mindspore", "mlx", "optax", "paddle", "pytorch", "tensorflow1")

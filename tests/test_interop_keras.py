@@ -1,12 +1,14 @@
-"""Variables of Keras and of tf.keras."""
+"""Variables of Keras and of tf.keras, and every file in which a Keras of any age has its optimizer, recorded."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from resume import convert, recorded
+import resume
+from golden.checkpoints import case_name, EPSILON, recorded, ROWS
+from recordings import check_goes_on, from_keras_layout, others
 
-from rmsprop_jax import interop, rmsprop
+from rmsprop_jax import dialects, interop, rmsprop
 
 
 def keras_variables(scope="rm_sprop", names=("a_kernel", "a_bias"), count=7, slots=("velocity", "momentum")):
@@ -53,6 +55,53 @@ def test_keras_accumulation():
         interop.from_keras(keras_variables(), gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match="1 of 4 gradients are accumulated: save after an update"):
         interop.from_keras([*half, *keras_variables(count=13)], gradient_accumulation_steps=4)
+
+
+@pytest.mark.parametrize("steps", [0, np.int64(0)])
+def test_no_accumulation_is_zero_as_in_keras(steps):
+    state = interop.from_keras(keras_variables(), gradient_accumulation_steps=steps)
+    jax.tree.map(np.testing.assert_array_equal, state, interop.from_keras(keras_variables()))
+
+
+@pytest.mark.parametrize("steps", [1, -2, 2.5, "4", float("nan"), True])
+def test_a_number_of_gradients_that_keras_refuses(steps):
+    with pytest.raises(
+        (ValueError, TypeError), match="gradient_accumulation_steps=.*: allowed is an integer of at least 2"
+    ):
+        interop.from_keras(keras_variables(), gradient_accumulation_steps=steps)
+
+
+def test_a_count_goes_before_iterations():
+    two = [("a/iteration", 7), ("b/iteration", 8), *keras_variables()[2:]]
+    with pytest.raises(ValueError, match="several counts, which differ"):
+        interop.from_keras(two)
+    assert interop.from_keras(two, count=8).count == 8
+    assert interop.from_keras(keras_variables()[1:], count=8).count == 8
+
+
+@pytest.mark.parametrize(
+    "weight", ["my_velocity", "my_momentum", "momentum", "velocity", "rms", "mg", "kernel_average_gradient"]
+)
+@pytest.mark.parametrize("momentum", [True, False])
+def test_weights_that_are_called_like_slots(weight, momentum):
+    """The names of all weights end so: no other weight tells the generation."""
+    for generation in GENERATIONS:
+        values = VALUES if momentum else VALUES[:1]
+        state = interop.from_keras(of_generation(generation, values, (f"d/{weight}",)))
+        assert list(state.nu) == [f"d_{weight}" if generation == "Keras 3" else f"d/{weight}"]
+        assert float(state.nu.popitem()[1][0]) == (3 if momentum else 4)
+
+
+def test_a_scope_inside_another():
+    for generation in GENERATIONS:
+        plain = of_generation(generation)
+        inside = [(path if path.startswith("iteration") else f"outer/{path}", x) for path, x in plain]
+        scaler = [("loss_scale_optimizer/iteration", 9)]
+        for order in (list, sorted):
+            state = interop.from_keras(order([*inside, *(scaler if generation == "Keras 3" else [])]))
+            jax.tree.map(np.testing.assert_array_equal, state, interop.from_keras(plain))
+    with pytest.raises(ValueError, match="but of adam: "):
+        interop.from_keras([(f"outer/{path}", x) for path, x in keras_variables("adam")])
 
 
 def test_keras_layers_of_one_name():
@@ -108,7 +157,7 @@ def of_generation(name, values=VALUES, weights=WEIGHTS):
 def nested(variables):
     """As the groups of an HDF5 file: folders in folders, each in alphabetical order."""
     root = {}
-    for path, value in sorted(variables):
+    for path, value in sorted(dict(variables).items()):
         *folders, name = path.split("/")
         folder = root
         for part in folders:
@@ -235,8 +284,93 @@ def test_legacy_tf_keras_variables():
 
 
 def test_foreign_variables_are_named():
-    keras = recorded("keras", {"momentum": 0.9}).checkpoint
+    keras = resume.recorded("keras", {"momentum": 0.9}).checkpoint
     with pytest.raises(ValueError, match=r"not the variables of Keras' RMSprop.*: adam/w_m"):
-        interop.from_keras([*keras, ("adam/w_m", np.ones(1))], convert)
+        interop.from_keras([*keras, ("adam/w_m", np.ones(1))], resume.convert)
     with pytest.raises(ValueError, match=r"lacks {'velocity': \['fc_bias'\]}"):
-        interop.from_keras([v for v in keras if not v[0].endswith("fc_bias_velocity")], convert)
+        interop.from_keras([v for v in keras if not v[0].endswith("fc_bias_velocity")], resume.convert)
+
+
+# --- Files ---------------------------------------------------------------------------------------------------
+
+
+SLASH = from_keras_layout("conv/kernel", "fc/kernel", "fc/bias")
+UNDERSCORE = from_keras_layout("conv_kernel", "fc_kernel", "fc_bias")
+READERS = {
+    "tf.keras-2.10": (dialects.tf_keras, SLASH),
+    "tf.keras-2.15-legacy": (dialects.tf_keras, SLASH),
+    "tf.keras-2.15": (dialects.keras, SLASH),
+    "keras-3": (dialects.keras, UNDERSCORE),
+}
+CASES = [(name, options) for name in READERS for options in ROWS[name].cases]
+IDS = [case_name(*case) for case in CASES]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_the_list_of_variables(name, options):
+    dialect, convert = READERS[name]
+    recording = recorded(case_name(name, options))
+    state = interop.from_keras(recording["checkpoint"]["variables"].items(), convert)
+    check_goes_on(dialect, options, state, recording)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_h5_files(name, options):
+    _, convert = READERS[name]
+    kept = recorded(case_name(name, options))["checkpoint"]
+    assert list(kept["h5"]) == sorted(kept["h5"])
+    expected = interop.from_keras(kept["variables"].items(), convert)
+    groups = nested(kept["h5"])
+    whole = {"model_weights": {"conv": {"conv": {"kernel:0": np.zeros((3, 3, 2, 4))}}}, **groups}
+    for given in (kept["h5"].items(), kept["h5"], groups, groups["optimizer_weights"], whole):
+        state = interop.from_keras(given, convert)
+        jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+# Where weights have no names, they get them here.
+FILE_WEIGHTS = ["conv_kernel", "fc_kernel", "fc_bias"]
+
+
+def named(values, options, start):
+    slots = ["velocity", *(["momentum"] if "momentum" in options else [])]
+    slots += ["average_gradient"] if "centered" in options else []
+    return zip([*start, *(f"{w}_{slot}" for slot in slots for w in FILE_WEIGHTS)], values, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [case for case in CASES if case[0] in ("tf.keras-2.15", "keras-3") and "mixed" not in case[1]]
+)
+def test_keras_archives(name, options):
+    kept = recorded(case_name(name, options))["checkpoint"]
+    with pytest.raises(ValueError, match=r"have no names, but numbers: optimizer/vars/0, .*keras.saving.load_model"):
+        interop.from_keras(kept["keras"])
+    group = nested(kept["keras"])["optimizer"]["vars"]
+    values = [group[str(i)] for i in range(len(group))]
+    start = ["iteration", "learning_rate"] if name == "keras-3" else ["iteration"]
+    state = interop.from_keras(named(values, options, start), UNDERSCORE)
+    expected = interop.from_keras(kept["variables"].items(), READERS[name][1])
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_keras_2_3():
+    recording = recorded(case_name("keras-2.3", EPSILON))
+    kept = recording["checkpoint"]
+    for form in ("h5", "weights"):
+        with pytest.raises(ValueError, match="have no names, but numbers: .*Or give them names, as the documentation"):
+            interop.from_keras(kept[form])
+    values = [kept["weights"][str(i)] for i in range(len(kept["weights"]))]
+    state = interop.from_keras(named(values, {}, ["iteration"]), UNDERSCORE)
+    check_goes_on(dialects.tf_keras, EPSILON, state, recording)
+
+
+FOREIGN = others("keras-2.3", "tf.keras-2.10", "tf.keras-2.15", "keras-3")
+
+
+@pytest.mark.parametrize(("name", "kind", "forms"), FOREIGN, ids=[f"{name} {kind}" for name, kind, _ in FOREIGN])
+def test_other_optimizers_are_named(name, kind, forms):
+    for form in {"variables", "h5"} & set(forms):
+        with pytest.raises(ValueError, match=f"not the variables of Keras' RMSprop, but of {kind.lower()}: "):
+            interop.from_keras(forms[form])
+    for form in {"weights", "keras"} & set(forms):  # nothing tells whose they are
+        with pytest.raises(ValueError, match="have no names, but numbers"):
+            interop.from_keras(forms[form])

@@ -44,9 +44,21 @@ def test_old_releases_started_at_zero():
     assert not interop.from_mindspore(arrays).nu["w"].any()
 
 
-def test_a_layer_called_moment():
-    arrays = checkpoint() | {"moment.weight": np.ones(5), "mean_square.moment.weight": np.ones(5)}
-    with pytest.raises(ValueError, match=r"lacks {'moment': \['moment.weight'\]}"):
+def test_a_layer_called_like_a_slot():
+    for layer in ("moment", "mean_square", "mean_grad"):
+        arrays = checkpoint() | {f"{layer}.weight": np.ones(5), f"mean_square.{layer}.weight": np.full(5, 2.0)}
+        with pytest.raises(ValueError, match=rf"lacks {{'moment': \['{layer}.weight'\]}}"):
+            interop.from_mindspore(arrays)
+        state = interop.from_mindspore(arrays | {f"moment.{layer}.weight": np.zeros(5)})
+        assert set(state.trace) == {"conv.weight", "fc.weight", "fc.bias", f"{layer}.weight"}
+        assert (state.nu[f"{layer}.weight"] == 2).all()
+    # Frozen, it has no accumulators.
+    assert len(interop.from_mindspore(checkpoint() | {"moment.weight": np.ones(5)}).trace) == 3
+
+
+@pytest.mark.parametrize("lost", ["mean_square.fc.bias", "moment.fc.bias"])
+def test_one_accumulator_is_missing(lost):
+    weights = dict.fromkeys(["conv.weight", "fc.weight", "fc.bias"], np.ones(2))
+    arrays = {key: x for key, x in checkpoint().items() if key != lost} | weights
+    with pytest.raises(ValueError, match=rf"lacks {{'{lost.partition('.')[0]}': \['fc.bias'\]}}"):
         interop.from_mindspore(arrays)
-    state = interop.from_mindspore(arrays | {"moment.moment.weight": np.zeros(5)})
-    assert set(state.trace) == {"conv.weight", "fc.weight", "fc.bias", "moment.weight"}

@@ -40,6 +40,148 @@ def test_names_that_the_checkpoint_has():
         interop.from_pytorch(checkpoint(IN_GROUPS, ABC), ["a", "a", "c"])
 
 
+class Tensor:
+    """A torch tensor, as far as its identity and its shape go: an array compares elements, and is no key."""
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def __eq__(self, other):
+        if other is not self:
+            raise RuntimeError("Boolean value of Tensor with more than one value is ambiguous")
+        return True
+
+    def __hash__(self):
+        return id(self)
+
+
+class Module:
+    def __init__(self, parameters, buffers=()):
+        self.parameters, self.buffers = parameters, dict(buffers)
+
+    def named_parameters(self):
+        """Like torch's, which gives the first name of a tied weight."""
+        return {id(x): (name, x) for name, x in reversed(self.parameters.items())}.values().__reversed__()
+
+    def named_buffers(self):
+        return self.buffers.items()
+
+
+class Live:
+    """An optimizer, with an average of i + 1 for the i-th of its parameters."""
+
+    def __init__(self, *groups):
+        self.param_groups = [group(tensors) for tensors in groups]
+        tensors = [x for tensors in groups for x in tensors]
+        self.state = {
+            x: {"step": np.float32(3), "square_avg": np.full(x.shape, i + 1.0)} for i, x in enumerate(tensors)
+        }
+
+    def state_dict(self):
+        number = {x: i for i, x in enumerate(self.state)}
+        groups = [{**g, "params": [number[x] for x in g["params"]]} for g in self.param_groups]
+        return {"state": {number[x]: entry for x, entry in self.state.items()}, "param_groups": groups}
+
+
+def layers(*shapes):
+    """A model with a weight "0", "1", ... of each shape."""
+    return Module({str(i): Tensor(*shape) for i, shape in enumerate(shapes)})
+
+
+def averages(state):
+    return {name: float(x.ravel()[0]) for name, x in state.nu.items()}
+
+
+def test_the_optimizer_and_its_model_need_no_order():
+    model = layers((2, 2), (2,), (2, 2), (2,))
+    body_w, body_b, head_w, head_b = model.parameters.values()
+    optimizer = Live([head_w, head_b], [body_w, body_b])
+    expected = {"2": 1, "3": 2, "0": 3, "1": 4}
+    shuffled = dict(reversed(model.parameters.items()))
+    for names in (model, model.parameters, model.named_parameters(), shuffled):
+        assert averages(interop.from_pytorch(optimizer, names)) == expected
+    # Parameters that the optimizer does not have stay away; what the model does not have is an error.
+    model.parameters["frozen"] = Tensor(2)
+    assert averages(interop.from_pytorch(optimizer, model)) == expected
+    with pytest.raises(ValueError, match=r"names lacks parameters of the optimizer, of the shapes \(2, 2\), \(2,\)"):
+        interop.from_pytorch(optimizer, Module({"2": head_w, "3": head_b}))
+    with pytest.raises(ValueError, match="does not name its parameters: give names"):
+        interop.from_pytorch(optimizer)
+
+
+def test_a_live_optimizer_whose_groups_have_names():
+    model = layers((2,), (2,))
+    optimizer = Live([*model.parameters.values()])
+    optimizer.param_groups[0]["param_names"] = ["a", "b"]
+    assert averages(interop.from_pytorch(optimizer)) == {"a": 1, "b": 2}
+    assert averages(interop.from_pytorch(optimizer, model)) == {"0": 1, "1": 2}  # its names now
+
+
+def test_a_tied_weight_has_its_first_name():
+    weight, bias = Tensor(2, 2), Tensor(2)
+    tied = {"embedding": weight, "bias": bias, "head": weight}
+    optimizer = Live([bias, weight])
+    for names in (Module(tied), tied):
+        assert averages(interop.from_pytorch(optimizer, names)) == {"embedding": 2, "bias": 1}
+
+
+def test_a_buffer_may_be_optimized():
+    weight, buffer, other = Tensor(2), Tensor(2), Tensor(2)
+    model = Module({"weight": weight}, {"scale": buffer, "mean": other})
+    assert averages(interop.from_pytorch(Live([buffer, weight]), model)) == {"scale": 1, "weight": 2}
+    assert averages(interop.from_pytorch(Live([weight]).state_dict(), model)) == {"weight": 1}
+
+
+def test_a_model_s_order_is_not_that_of_several_groups():
+    """Body and head of one shape: nothing in a state_dict tells that the head came first."""
+    model = layers((2, 2), (2,), (2, 2), (2,))
+    body_w, body_b, head_w, head_b = model.parameters.values()
+    kept = Live([head_w, head_b], [body_w, body_b]).state_dict()
+    for names in (model, model.parameters, model.named_parameters()):
+        with pytest.raises(
+            ValueError, match=r"the 2 groups .* from_pytorch\(optimizer, model\), or a list of names in"
+        ):
+            interop.from_pytorch(kept, names)
+    # A list is in the groups' order: the caller says so.
+    assert averages(interop.from_pytorch(kept, ["2", "3", "0", "1"])) == {"2": 1, "3": 2, "0": 3, "1": 4}
+    # One group, or all parameters in one of them, has the model's order.
+    for groups in ([body_w, body_b, head_w, head_b],), ([], [body_w, body_b, head_w, head_b]):
+        assert averages(interop.from_pytorch(Live(*groups).state_dict(), model)) == {"0": 1, "1": 2, "2": 3, "3": 4}
+
+
+def test_shapes_tell_the_order_of_groups_that_have_none_in_common():
+    model = layers((2, 2), (2,), (2, 2), (2,))
+    a, b, c, d = model.parameters.values()
+    weights_then_biases = Live([b, d], [a, c]).state_dict()
+    assert averages(interop.from_pytorch(weights_then_biases, model)) == {"1": 1, "3": 2, "0": 3, "2": 4}
+    model = layers((1,), (2,), (3,), (4,))
+    a, b, c, d = model.parameters.values()
+    assert averages(interop.from_pytorch(Live([c], [b, d], [a]).state_dict(), model)) == {
+        "2": 1,
+        "1": 2,
+        "3": 3,
+        "0": 4,
+    }
+    # A group in another order than the model's shows that the assumption is wrong.
+    with pytest.raises(ValueError, match="shapes do not tell which weight is which"):
+        interop.from_pytorch(Live([c, b], [a, d]).state_dict(), model)
+    # Of a parameter that never stepped nobody knows the shape.
+    kept = Live([a, b], [c, d]).state_dict()
+    del kept["state"][3]
+    with pytest.raises(ValueError, match="shapes do not tell which weight is which"):
+        interop.from_pytorch(kept, model)
+    assert averages(interop.from_pytorch(kept, ["0", "1", "2"])) == {"0": 1, "1": 2, "2": 3}
+
+
+def test_a_buffer_of_a_group_without_momentum_stays_behind():
+    """PyTorch keeps it when somebody sets the momentum to 0, and does not use it."""
+    stale, used = np.full(2, 5.0), np.full(2, 7.0)
+    entries = {0: entry(1.0, momentum_buffer=stale), 1: entry(2.0, momentum_buffer=used)}
+    state = interop.from_pytorch(checkpoint([group([0]), group([1], momentum=0.9)], entries), ["a", "b"])
+    assert {name: float(x[0]) for name, x in state.trace.items()} == {"a": 0, "b": 7}
+    assert interop.from_pytorch(checkpoint([group([0, 1])], entries), ["a", "b"]).trace is None
+
+
 def test_groups_with_other_momentum_and_centering():
     buffer, mean = np.full(2, 5.0), np.full(2, 0.5)
     groups = [group([0]), group([1], momentum=0.9), group([2], centered=True)]
@@ -188,6 +330,52 @@ def test_groups_that_tell_nothing_about_their_class():
     with pytest.raises(ValueError, match="use from_stable_baselines3 .*add foreach=None to its groups"):
         interop.from_pytorch(old, ["w"])
     assert interop.from_pytorch(checkpoint([group([0], foreach=None)], old["state"]), ["w"]).count == 3
+
+
+def run_of_old_class(first, alpha, steps, scale, seed=0):
+    """The average of a parameter with gradients of this scale, in float32, as RMSprop and RMSpropTFLike have it."""
+    rng = np.random.default_rng(seed)
+    nu = np.full(50, first, np.float32)
+    grads = rng.normal(size=(steps, 50)).astype(np.float32) * np.float32(scale)
+    grads[:, :5] = 0  # inputs that are always zero
+    for g in grads:
+        nu = np.float32(alpha) * nu + np.float32(1 - alpha) * g * g
+    return checkpoint([group([0], alpha=alpha)], {0: {"step": steps, "square_avg": nu}})
+
+
+OLD_RUNS = [
+    (0.99, 1, 1e-3),
+    (0.99, 30, 1.0),
+    (0.99, 100, 1e-2),
+    (0.9, 100, 1e-4),
+    (0.999, 5000, 0.1),
+    (0.99, 7000, 0.1),
+]
+
+
+@pytest.mark.parametrize(("alpha", "steps", "scale"), OLD_RUNS)
+def test_averages_tell_an_old_pytorch_from_stable_baselines3(alpha, steps, scale):
+    """Before 1.12 PyTorch's groups had the options of RMSpropTFLike's, whose averages start at 1."""
+    old, tf_like = (run_of_old_class(first, alpha, steps, scale) for first in (0.0, 1.0))
+    assert interop.from_pytorch(old, ["w"]).count == steps
+    with pytest.raises(ValueError, match=r"this is torch.optim.RMSprop's checkpoint: use from_pytorch. Group 0 has"):
+        interop.from_stable_baselines3(old, ["w"])
+    assert interop.from_stable_baselines3(tf_like, ["w"]).count == steps
+    with pytest.raises(ValueError, match=r"use from_stable_baselines3 .*add foreach=None to its groups"):
+        interop.from_pytorch(tf_like, ["w"])
+
+
+def test_where_averages_do_not_tell_both_classes_are_read():
+    # What started at 1 has become zero in float32, or is far below averages of large gradients.
+    zero = run_of_old_class(0.0, 0.9, 2000, 0.1)
+    large = checkpoint([group([0])], {0: {"step": 1000, "square_avg": np.full(2, 4.0)}})
+    empty = checkpoint([group([0])], {0: {"step": 3, "square_avg": np.zeros((0, 2))}})
+    no_alpha = checkpoint(
+        [{k: v for k, v in group([0]).items() if k != "alpha"}], {0: {"step": 3, "square_avg": np.zeros(2)}}
+    )
+    for silent in (zero, large, empty, no_alpha):
+        for read in (interop.from_pytorch, interop.from_stable_baselines3):
+            read(silent, ["w"])
 
 
 def test_the_count_is_the_largest_step():

@@ -3,7 +3,7 @@
 import inspect
 
 from golden.checkpoints import HERE, ROWS
-from test_interop_keras_files import READERS as IN_FILES
+from test_interop_keras import READERS as IN_FILES
 from test_interop_tensorflow2 import READERS as IN_CHECKPOINTS
 
 from rmsprop_jax import dialects, interop

@@ -56,3 +56,16 @@ def test_the_global_step_wherever_it_lies():
     with pytest.raises(ValueError, match="several counts, which differ: {'a/global_step': 40, 'b/global_step': 41}"):
         interop.from_tensorflow1(two)
     assert interop.from_tensorflow1(two, count=41).count == 41
+
+
+def test_two_optimizers_of_one_name():
+    """TensorFlow numbers the second one's slots on: RMSProp_2 is no momentum then."""
+    slots = {f"w/RMSProp{suffix}": np.ones(2) for suffix in ("", "_1", "_2", "_3")}
+    with pytest.raises(ValueError, match="but of several optimizers called RMSProp: it has w/RMSProp_3"):
+        interop.from_tensorflow1(slots, count=7)
+
+
+def test_a_slot_that_is_there_twice():
+    slots = {"w/RMSProp": np.ones(2), "w/RMSProp_1": np.ones(2), "w/RMSProp:0": np.zeros(2)}
+    with pytest.raises(ValueError, match=r"RMSProp of w twice.*: w/RMSProp and w/RMSProp:0"):
+        interop.from_tensorflow1(slots, count=7)

@@ -142,3 +142,24 @@ def test_a_slot_that_is_missing():
     del slots[key]
     with pytest.raises(ValueError, match=r"lacks \{'mg': \['model/layer_with_weights-"):
         interop.from_tensorflow2(slots)
+
+
+@pytest.mark.parametrize(("name", "lost"), [("tensorflow1", "momentum"), ("sonnet", "mom")])
+def test_a_momentum_that_is_always_written(name, lost):
+    slots = slots_of(name, ROWS[name].cases[0])
+    slots = {key: x for key, x in slots.items() if f"/{lost}/" not in key}
+    with pytest.raises(ValueError, match=rf"lacks \{{'{lost}': \['"):
+        interop.from_tensorflow2(slots, count=100)
+
+
+def test_a_legacy_keras_without_momentum_has_none():
+    slots = {key: x for key, x in slots_of(*CASES[0]).items() if "/momentum/" not in key}
+    assert interop.from_tensorflow2(slots).trace is None
+
+
+@pytest.mark.parametrize("name", ["tf.keras-2.10", "sonnet", "tensorflow1"])
+def test_accumulation_where_there_is_none(name):
+    slots = slots_of(name, ROWS[name].cases[0])
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=4: optimizer has no accumulators"):
+        interop.from_tensorflow2(slots, count=100, gradient_accumulation_steps=4)
+    assert interop.from_tensorflow2(slots, count=100, gradient_accumulation_steps=0).count == 100

@@ -38,18 +38,34 @@ Frameworks keep E[g²] where our centered state keeps the variance E[g²] - |E[g
 Every array of a result has a buffer of its own, so a training step may donate the state.
 """
 
-from ._bitsandbytes import from_bitsandbytes as from_bitsandbytes
-from ._keras import from_keras as from_keras, to_keras as to_keras
-from ._mindspore import from_mindspore as from_mindspore
-from ._mlx import from_mlx as from_mlx
-from ._optax import from_optax as from_optax, from_rmsprop as from_rmsprop, to_optax as to_optax
-from ._paddle import from_paddle as from_paddle
-from ._pytorch import (
-    from_pytorch as from_pytorch,
-    from_stable_baselines3 as from_stable_baselines3,
-    from_timm as from_timm,
-    to_pytorch as to_pytorch,
-)
-from ._table import table as table
-from ._tensorflow1 import from_tensorflow1 as from_tensorflow1, to_tensorflow1 as to_tensorflow1
-from ._tensorflow2 import from_tensorflow2 as from_tensorflow2
+from ._bitsandbytes import from_bitsandbytes
+from ._keras import from_keras, to_keras
+from ._mindspore import from_mindspore
+from ._mlx import from_mlx
+from ._optax import from_optax, from_rmsprop, to_optax
+from ._paddle import from_paddle
+from ._pytorch import from_pytorch, from_stable_baselines3, from_timm, to_pytorch
+from ._table import table
+from ._tensorflow1 import from_tensorflow1, to_tensorflow1
+from ._tensorflow2 import from_tensorflow2
+
+
+__all__ = [
+    "from_bitsandbytes",
+    "from_keras",
+    "from_mindspore",
+    "from_mlx",
+    "from_optax",
+    "from_paddle",
+    "from_pytorch",
+    "from_rmsprop",
+    "from_stable_baselines3",
+    "from_tensorflow1",
+    "from_tensorflow2",
+    "from_timm",
+    "table",
+    "to_keras",
+    "to_optax",
+    "to_pytorch",
+    "to_tensorflow1",
+]

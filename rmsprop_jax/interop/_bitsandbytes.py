@@ -7,8 +7,8 @@ import numpy as np
 
 from .._rmsprop import RMSPropState
 from ._arrays import array
-from ._named import Convert, Entry, Optimizer, somebody_else, state_of
-from ._state_dict import Names, Parameter, parameters, parts_of, steps_of
+from ._named import Convert, Optimizer, somebody_else
+from ._state_dict import Names, Parameter, parameters, parts_of, state_of_parameters
 
 
 __all__ = ["from_bitsandbytes"]
@@ -60,9 +60,7 @@ def from_bitsandbytes(
     entries = {key: {**entry, **entry.get(HIDDEN, {})} for key, entry in entries.items()}
     _check_is_rmsprop(groups, entries)
     found = parameters(groups, entries, names, NU)
-    arrays = [Entry(NU, parameter.name, _second_moment(parameter), f"{NU} of {parameter.name}") for parameter in found]
-    shapes = {parameter.name: parameter.shape for parameter in found}
-    return state_of(RMSPROP, arrays, convert, count, steps_of(found), shapes)
+    return state_of_parameters(RMSPROP, found, lambda parameter: {NU: _second_moment(parameter)}, convert, count)
 
 
 def _check_is_rmsprop(groups: list[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> None:

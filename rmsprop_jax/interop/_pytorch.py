@@ -1,14 +1,14 @@
 """PyTorch, timm and Stable Baselines 3: three classes of one kind of checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._rmsprop import RMSPropState
 from ._arrays import array, whole
-from ._named import arrays_of, Convert, ConvertBack, Entry, Optimizer, somebody_else, state_of
-from ._state_dict import Names, Parameter, parameters, parts_of, steps_of
+from ._named import arrays_of, Convert, ConvertBack, Optimizer, somebody_else
+from ._state_dict import Names, Parameter, parameters, parts_of, state_of_parameters
 
 
 __all__ = ["from_pytorch", "from_stable_baselines3", "from_timm", "to_pytorch"]
@@ -169,32 +169,27 @@ def _read(checkpoint: Any, names: Names | None, convert: Convert | None, count: 
     found = parameters(groups, entries, names, SLOTS["nu"])
     for i, group in enumerate(groups):
         _check_class(i, group, [x for x in found if x.group is group and x.entry], own)
-    arrays = [x for parameter in found for x in _entries(parameter, used, own.first)]
-    shapes = {parameter.name: parameter.shape for parameter in found}
-    return state_of(optimizer, arrays, convert, count, steps_of(found), shapes)
+    return state_of_parameters(optimizer, found, lambda x: _arrays(x, used, own.first), convert, count)
 
 
-def _entries(parameter: Parameter, used: list[str], first: float) -> Iterator[Entry]:
+def _arrays(parameter: Parameter, used: list[str], first: float) -> dict[str, Any]:
     """The accumulators of a parameter, with zeros for what other groups use and its own does not."""
-    name, group, entry, _ = parameter
+    _, group, entry, _ = parameter
     arrays = {field: x for field, x in entry.items() if field not in ("step", *SLOTS.values())}  # somebody else's
     for slot in used:
         field = SLOTS[slot]
         if not entry:
             arrays[field] = parameter.start(first if slot == "nu" else 0.0)
-        elif field in entry or not USES[slot](group):
-            arrays[field] = entry[field] if USES[slot](group) else np.zeros_like(_average(parameter))
-    for field, x in arrays.items():
-        yield Entry(field, name, x, f"{field} of {name}")
-
-
-def _average(parameter: Parameter) -> np.ndarray:
-    return array(f"{SLOTS['nu']} of {parameter.name}", parameter.entry.get(SLOTS["nu"], ()))
+        elif not USES[slot](group):
+            arrays[field] = np.zeros(array(field, entry.get(SLOTS["nu"], ())).shape)
+        elif field in entry:
+            arrays[field] = entry[field]
+    return arrays
 
 
 def _check_class(i: int, group: Mapping[str, Any], stepped: list[Parameter], own: Class) -> None:
     """Raises if another class wrote this group."""
-    found = _class_of(group, stepped)
+    found = TIMM if "lr_in_momentum" in group else PYTORCH if OF_PYTORCH & set(group) else _from_averages(stepped)
     if own is TIMM and found is None:
         raise ValueError(f"this is not timm's checkpoint: group {i} has no lr_in_momentum. Use from_pytorch")
     if found not in (None, own):
@@ -203,23 +198,20 @@ def _check_class(i: int, group: Mapping[str, Any], stepped: list[Parameter], own
         raise ValueError(f"this is {found.title}: use {found.reader}{also}. Group {i} has {sorted(group)}")
 
 
-def _class_of(group: Mapping[str, Any], stepped: list[Parameter]) -> Class | None:
-    """The class that wrote a group; None if nothing tells."""
-    if "lr_in_momentum" in group:
-        return TIMM
-    if OF_PYTORCH & set(group):
-        return PYTORCH
-    # Without these options it is Stable Baselines 3's class or a PyTorch before 1.12. Both count in integers.
-    steps = [(x, x.entry.get("step")) for x in stepped]
-    integers = [x for x, step in steps if "int" in str(getattr(step, "dtype", type(step)))]
-    smallest = min(map(_smallest_to_start, integers), default=np.inf)
-    # Far above, as averages of large gradients are, they tell nothing.
+def _from_averages(stepped: list[Parameter]) -> Class | None:
+    """Stable Baselines 3's class, or a PyTorch before 1.12, whose groups have the same options; None if nothing tells.
+
+    Averages that started at 1 are at least what is left of it. Far above, as those of large gradients are, they tell
+    nothing. Both classes count in integers.
+    """
+    smallest = np.inf
+    for name, group, entry, _ in stepped:
+        step = entry.get("step")
+        if "int" in str(getattr(step, "dtype", type(step))):
+            # Every update rounds in float32, where this may have become zero.
+            alpha = array("alpha", group.get("alpha", 0)).item() * (1 - 2.0**-22)
+            left = alpha ** whole(f"step of {name}", step)
+            nu = array(f"{SLOTS['nu']} of {name}", entry.get(SLOTS["nu"], ()))
+            if left > np.finfo(np.float32).tiny:
+                smallest = min(smallest, nu.min(initial=np.inf) / left)
     return PYTORCH if smallest < 1 else STABLE_BASELINES3 if smallest < 100 else None
-
-
-def _smallest_to_start(parameter: Parameter) -> float:
-    """The smallest ν, relative to what would be left of a 1 at which it had started; infinite if that is unknown."""
-    nu, step = _average(parameter), whole(f"step of {parameter.name}", parameter.entry["step"])
-    # Every update rounds in float32, where this may have become zero.
-    left = (array("alpha", parameter.group.get("alpha", 0)).item() * (1 - 2.0**-22)) ** step
-    return nu.min() / left if nu.size and left > np.finfo(np.float32).tiny else np.inf

@@ -1,15 +1,17 @@
 """State dicts of torch's optimizers: groups, and entries by the number, or the name, of a parameter."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._rmsprop import RMSPropState
 from .._text import listed, repeated
 from ._arrays import array, mapping, whole
+from ._named import Convert, Entry, Optimizer, state_of
 
 
-__all__ = ["Names", "Parameter", "parameters", "parts_of", "steps_of"]
+__all__ = ["Names", "Parameter", "parameters", "parts_of", "state_of_parameters"]
 
 Names = Any  # an iterable of names, a mapping from names to weights, pairs of both, or a torch module
 Shape = tuple[int, ...]
@@ -49,9 +51,10 @@ def parts_of(checkpoint: Any) -> tuple[list[Mapping[str, Any]], dict[Any, Mappin
     if twice := repeated(keys):
         raise ValueError(f"the checkpoint has a parameter more than once: {listed(twice)}")
     entries: dict[Any, Any] = {_key(key): entry for key, entry in checkpoint["state"].items()}
+    known = set(keys)  # tensors are found in a set, and not in a list, which compares elements
     # Through JSON or safetensors, the number of a parameter becomes a string.
-    entries = {int(key) if key not in keys and str(key).isdigit() else key: entry for key, entry in entries.items()}
-    if unknown := [key for key in entries if key not in set(keys)]:
+    entries = {int(key) if key not in known and str(key).isdigit() else key: entry for key, entry in entries.items()}
+    if unknown := [key for key in entries if key not in known]:
         raise ValueError(f"not an optimizer's state: no group has the parameter of entry {unknown[0]!r}")
     return groups, entries
 
@@ -74,11 +77,18 @@ def _unflattened(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def steps_of(found: Iterable[Parameter]) -> dict[str, int]:
-    """The largest step, as torch does not count the updates in which a parameter has no gradient; empty if unknown."""
-    entries = {parameter.name: parameter.entry for parameter in found if parameter.entry}
-    steps = [whole(f"step of {name}", entry["step"]) for name, entry in entries.items() if "step" in entry]
-    return {"step": max(steps, default=0)} if steps or not entries else {}
+def state_of_parameters(
+    optimizer: Optimizer,
+    found: list[Parameter],
+    arrays: Callable[[Parameter], Mapping[str, Any]],  # of a parameter, by the optimizer's slots
+    convert: Convert | None,
+    count: int | None,
+) -> RMSPropState:
+    """The state. The count is the largest step: torch does not count updates in which a parameter has no gradient."""
+    entries = [Entry(slot, p.name, x, f"{slot} of {p.name}") for p in found for slot, x in arrays(p).items()]
+    steps = [whole(f"step of {p.name}", p.entry["step"]) for p in found if "step" in p.entry]
+    stored = {"step": max(steps, default=0)} if steps or not any(p.entry for p in found) else {}
+    return state_of(optimizer, entries, convert, count, stored, {p.name: p.shape for p in found})
 
 
 # --- Names ------------------------------------------------------------------------------------------------
@@ -108,7 +118,7 @@ def parameters(
                 f"the optimizer has {len(group_of)} parameters, of which {len(stepped)} have stepped; "
                 f"names has {len(given)}: {given}"
             )
-        keys = [*group_of] if len(given) == len(group_of) else stepped
+        keys = dict.fromkeys(group_of if len(given) == len(group_of) else stepped)
         parts = [part for group in groups if (part := [key for key in group["params"] if key in keys])]
         if weights and len(parts) > 1:
             found = {key: array(f"{average} of parameter {key}", entries[key].get(average)).shape for key in stepped}
@@ -116,7 +126,7 @@ def parameters(
         else:
             name_of = dict(zip(keys, given, strict=True))
     else:
-        name_of = {key: name for key, name in stored.items() if given is None or name in given}
+        name_of = {key: name for key, name in stored.items() if given is None or name in (weights or given)}
         same_order = weights or given in (None, [*stored.values()], [stored[key] for key in stepped])
         if not same_order or not name_of.keys() >= set(stepped):
             raise ValueError(
@@ -166,7 +176,7 @@ def _by_shape(groups: list[list[Any]], found: Mapping[Any, Shape], weights: Mapp
         if shapes != [weights[name] for name in names]:
             raise ValueError(
                 f"names is in the model's order, and the {len(groups)} groups of the optimizer may be in another: "
-                "shapes do not tell which weight is which. Pass the optimizer itself and the model, "
+                "shapes do not tell which weight is which. Pass the optimizer itself and its model, "
                 "from_pytorch(optimizer, model), or a list of names in the order of the groups"
             )
         name_of |= zip(group, names, strict=True)

@@ -90,39 +90,31 @@ def from_tensorflow2(
             f"no key ends in {VALUE}, so this is no object checkpoint, but perhaps one of TensorFlow 1 "
             f"(from_tensorflow1) or a list of variables (from_keras): {listed(checkpoint)}"
         )
-    optimizer = _optimizer(found, name)
-    beside, keras, sonnet = (_matches(pattern, found, optimizer) for pattern in (_BESIDE, _KERAS, _SONNET))
+    optimizer, slots = _chosen(found, name)
     own = [key for key in found if key.startswith(f"{optimizer}/") and "/_trainable_variables/" not in key]
-    if keras:
+    kinds = {match.re for match in slots.values()}
+    if _KERAS in kinds:
         # By number: the order tells RMSprop from Adam, if its name does not.
-        own.sort(key=lambda key: int(key.rpartition("/")[2]) if key in keras else -1)
+        own.sort(key=lambda key: int(key.rpartition("/")[2]) if key in slots else -1)
         names = _names(checkpoint, own)
         variables = [(names[key], found[key]) for key in own]
         return state_of_variables(variables, convert, count, gradient_accumulation_steps)
     if gradient_accumulation_steps:
-        raise ValueError(
-            f"gradient_accumulation_steps={gradient_accumulation_steps}, but {optimizer} accumulates no gradients"
-        )
-    if beside:
-        kind = KERAS if own else TENSORFLOW1  # which has no variables but its slots
-        entries = [Entry(match["slot"], match["weight"], found[key], key) for key, match in beside.items()]
+        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}: {optimizer} has no accumulators")
+    if _SONNET in kinds:
+        # <optimizer>/<slot>/<weight>
+        kind, weights = SONNET, {key: name.split("/", 2)[-1] for key, name in _names(checkpoint, slots).items()}
     else:
-        kind, names = SONNET, _names(checkpoint, sonnet)  # <optimizer>/<slot>/<weight>
-        entries = [Entry(x["slot"], names[key].split("/", 2)[-1], found[key], key) for key, x in sonnet.items()]
-    stored = {key: found[key] for key in own if key == f"{optimizer}/iter"}
-    return state_of(kind, entries, convert, count, stored)
+        # TensorFlow 1's class has no variables but its slots.
+        kind, weights = KERAS if own else TENSORFLOW1, {key: match["weight"] for key, match in slots.items()}
+    entries = [Entry(match["slot"], weights[key], found[key], key) for key, match in slots.items()]
+    return state_of(kind, entries, convert, count, {key: found[key] for key in own if key == f"{optimizer}/iter"})
 
 
-def _matches(pattern: re.Pattern[str], found: Iterable[str], optimizer: str = "") -> dict[str, re.Match[str]]:
-    """The keys of this pattern, of one optimizer or of all."""
-    matches = {key: pattern.fullmatch(key) for key in found}
-    return {key: match for key, match in matches.items() if match and optimizer in ("", match["optimizer"])}
-
-
-def _optimizer(found: Iterable[str], name: str | None) -> str:
-    """The path of the optimizer; raises if there is none, or if there are several."""
-    matches = [match for pattern in (_BESIDE, _KERAS, _SONNET) for match in _matches(pattern, found).values()]
-    paths = sorted({match["optimizer"] for match in matches})
+def _chosen(found: Mapping[str, Any], name: str | None) -> tuple[str, dict[str, re.Match[str]]]:
+    """The path of the optimizer and its slots; raises if there is none, or if there are several."""
+    matches = {key: match for kind in (_BESIDE, _KERAS, _SONNET) for key in found if (match := kind.fullmatch(key))}
+    paths = sorted({match["optimizer"] for match in matches.values()})
     if not paths:
         raise somebody_else(SONNET, {key.split("/")[-2] for key in found if re.fullmatch(r".+/\d+", key)}, found)
     mine = [path for path in paths if name is None or f"{path}/".startswith(f"{name}/")]
@@ -130,7 +122,7 @@ def _optimizer(found: Iterable[str], name: str | None) -> str:
         raise ValueError(f"no optimizer called {name}: the checkpoint has {listed(paths)}")
     if len(mine) > 1:
         raise ValueError(f"the checkpoint has several optimizers: pass one of {listed(mine)} as name")
-    return mine[0]
+    return mine[0], {key: match for key, match in matches.items() if match["optimizer"] == mine[0]}
 
 
 # --- The names of numbered arrays -------------------------------------------------------------------------
