@@ -1,6 +1,7 @@
 """RMSProp for JAX, exact in every dialect: one Optax gradient transformation."""
 
 from . import dialects as dialects, interop as interop
+from ._carry import carry_over as carry_over
 from ._metrics import metrics as metrics
 from ._rmsprop import (
     rmsprop as rmsprop,

@@ -10,18 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+from jax.tree_util import keystr
 from jax.typing import ArrayLike
 
-from . import _checks, _pytree, _storage
+from . import _carry, _checks, _pytree, _states, _storage
 from ._rmsprop import _abs_sq
+from ._states import Accumulators, Name
 from ._text import listed, repeated
-from .interop import _carry, _rows
 
 
-Names = tuple[str, ...]  # the keys on the way to a leaf
-
-LEARNING_RATES = ("learning_rate", "lr", "eta", "learningRate")  # as the dialects call it
+__all__ = ["metrics"]
 
 
 def metrics(
@@ -29,6 +27,7 @@ def metrics(
     updates: optax.Updates | None = None,
     params: optax.Params | None = None,
     *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     eps: ArrayLike | None = None,
     eps_in_sqrt: bool = True,
     per_leaf: bool = False,
@@ -38,7 +37,7 @@ def metrics(
     With ν as the state keeps it, without bias correction, and with the mean μ if centered::
 
         count            updates made
-        learning_rate    the injected one, if one is injected
+        learning_rate    of the last update     if injected, or with `learning_rate`
         grad_rms         √ mean(ν + |μ|²)       root mean square of recent gradients
         nu_min, nu_max   min ν, max ν           of the variance if centered
         at_floor         share of ν in code 0   the smallest, of all ν in one byte
@@ -60,23 +59,28 @@ def metrics(
     in front: `kernels/learning_rate` and `rest/learning_rate`. If groups have different counts, `count` is the
     largest. It is NaN where nothing counts, as in a bare state of :func:`optax.scale_by_rms`.
 
+    A schedule that is not injected is no part of the state. Pass it as `learning_rate`: it is read where the last
+    update has read it, at `count - 1`, or at 0 before the first update.
+
     Args:
         state: the optimizer's state, in any wrapper, or a whole Flax `TrainState` or `nnx.Optimizer`. The states of
             :func:`optax.rmsprop`, :func:`optax.scale_by_rms` and :func:`optax.scale_by_stddev` are taken as well.
         updates: the updates that the optimizer returned, a tree like the parameters.
         params: the parameters, before or after the step. With `updates`, those that have an update count.
+        learning_rate: the schedule that the optimizer has, or a number, if none is injected.
         eps: ε as the optimizer has it. The state does not keep it.
         eps_in_sqrt: as the optimizer has it.
-        per_leaf: give the numbers of each leaf as well, such as `layer/kernel/grad_rms`. Flax's `value` at the end of
-            a path is left out.
+        per_leaf: give the numbers of each leaf as well, such as `layer/kernel/grad_rms`. The boxes in which Flax keeps
+            arrays (`.value`) are left out.
 
     Returns:
         A flat dict of scalars in float32. It can be computed inside `jax.jit`, `jax.lax.scan` and `jax.vmap`. The
         numbers are the same on any layout of devices, up to the order of summation.
 
     Raises:
-        ValueError: `state` has no state of RMSProp, several for one parameter, or one that was vmapped; the trees do
-            not fit; `eps` is out of range, or `eps_in_sqrt=False` is given without it.
+        ValueError: `state` has no state of RMSProp, several for one parameter, or one that was vmapped; names or
+            shapes differ; `eps` is out of range, or `eps_in_sqrt=False` is given without it; `learning_rate` is given
+            and one is injected, or it is a schedule and nothing counts.
         TypeError: an argument has the wrong type, or a leaf is no array.
 
     Example:
@@ -138,24 +142,23 @@ def metrics(
         raise ValueError("eps_in_sqrt=False says where eps is added: it needs eps, got eps=None")
     eps = None if eps is None else _checks.number("eps", eps)
 
-    contents = _carry.collect(state)
+    contents = _states.contents_of(state)
     _carry.check_has_rmsprop(contents, state, "this")
-    rows = {_names(path): row._replace(trace=None) for path, row in contents.rows().items()}
-    masked = {_names(path) for path in contents.masked()}
-    changes = None if updates is None else _of_rmsprop(updates, rows, masked)
-    values = None if params is None else _with_partner(params, rows if changes is None else changes)
-    columns = _not_empty(rows), _not_empty(changes), _not_empty(values)
+    found = {name: x._replace(trace=None) for name, x in contents.accumulators().items()}
+    shapes = {name: np.shape(x.nu) for name, x in found.items()}
+    changes = None if updates is None else _updates_for(updates, shapes, contents.masked())
+    partners = ("state", shapes) if changes is None else ("updates", {name: np.shape(x) for name, x in changes.items()})
+    values = None if params is None else _params_for(params, *partners)
 
-    numbers, of_leaves = _numbers(*columns, eps, eps_in_sqrt=eps_in_sqrt)
-    found = {"count": _count(contents), **_learning_rates(contents), **numbers}
+    of_all, of_leaves = _numbers(*map(_not_empty, (found, changes, values)), eps, eps_in_sqrt=eps_in_sqrt)
+    count = _count(contents)
+    numbers = {"count": jnp.asarray(count, jnp.float32), **_learning_rates(contents, learning_rate, count), **of_all}
     if not per_leaf:
-        return found
-    labels = _labels(of_leaves)
-    return found | {
-        "/".join(filter(None, (labels[names], name))): number
-        for names, numbers in of_leaves.items()
-        for name, number in numbers.items()
-    }
+        return numbers
+    labels = {name: "/".join(name) for name in of_leaves if name}  # a bare array's are those of all
+    if twice := repeated(labels.values()):
+        raise ValueError(f"several leaves would be called {listed(twice)}: rename the keys that contain a slash")
+    return numbers | {f"{label}/{key}": x for name, label in labels.items() for key, x in of_leaves[name].items()}
 
 
 # --- The numbers ------------------------------------------------------------------------------------------
@@ -164,45 +167,45 @@ def metrics(
 # At module level, with eps as an argument: outside jit one program serves all runs with these shapes.
 @functools.partial(jax.jit, static_argnames="eps_in_sqrt")
 def _numbers(
-    rows: Mapping[Names, _rows.Row] | None,
-    updates: Mapping[Names, Any] | None,
-    params: Mapping[Names, Any] | None,
+    accumulators: Mapping[Name, Accumulators] | None,
+    updates: Mapping[Name, Any] | None,
+    params: Mapping[Name, Any] | None,
     eps: Any,
     eps_in_sqrt: bool,
-) -> tuple[dict[str, jax.Array], dict[Names, dict[str, jax.Array]]]:
+) -> tuple[dict[str, jax.Array], dict[Name, dict[str, jax.Array]]]:
     """The numbers of all leaves together, and those of each."""
-    of_leaves: dict[Names, dict[str, jax.Array]] = collections.defaultdict(dict)
+    of_leaves: dict[Name, dict[str, jax.Array]] = collections.defaultdict(dict)
     found: dict[str, list[tuple[int, jax.Array]]] = collections.defaultdict(list)  # sizes of leaves, and their numbers
     of_state = functools.partial(_of_state, eps=eps, eps_in_sqrt=eps_in_sqrt)
-    for column, of_array in ((rows, of_state), (updates, _of_update), (params, _of_param)):
-        for names, x in (column or {}).items():
+    for column, of_array in ((accumulators, of_state), (updates, _of_update), (params, _of_param)):
+        for name, x in (column or {}).items():
             numbers = of_array(x)
-            of_leaves[names] |= numbers
-            for name, number in numbers.items():
-                found[name].append((_size(x), number))
+            of_leaves[name] |= numbers
+            for key, number in numbers.items():
+                found[key].append((_size(x), number))
     expected = ["grad_rms", "nu_min", "nu_max", *(["eps_share"] if eps is not None else [])]
     expected += ["update_rms", "update_max"] if updates is not None else []
     expected += ["param_rms"] if params is not None else []
     of_all: dict[str, jax.Array] = dict.fromkeys(expected, jnp.asarray(jnp.nan, jnp.float32))
-    for name, leaves in found.items():
+    for key, leaves in found.items():
         sizes, numbers = zip(*leaves, strict=True)
-        of_all[name] = _of_all(name, sizes, numbers)
-    return _finished(of_all), {names: _finished(numbers) for names, numbers in of_leaves.items()}
+        of_all[key] = _of_all(key, sizes, numbers)
+    return _finished(of_all), {name: _finished(numbers) for name, numbers in of_leaves.items()}
 
 
 # One array. It is traced once for all leaves of a shape. Each reduction reads the array itself: what two of them share,
 # such as |x|, XLA's CPU backend writes to memory, which takes five times as long.
 @functools.partial(jax.jit, static_argnames="eps_in_sqrt")
-def _of_state(row: _rows.Row, eps: Any, eps_in_sqrt: bool) -> dict[str, jax.Array]:
-    nu, smallest, largest = (_storage.decode(x) for x in (row.nu, jnp.min(row.nu), jnp.max(row.nu)))
+def _of_state(state: Accumulators, eps: Any, eps_in_sqrt: bool) -> dict[str, jax.Array]:
+    nu, smallest, largest = (_storage.decode(x) for x in (state.nu, jnp.min(state.nu), jnp.max(state.nu)))
     second, bound = nu, largest
-    if row.mu is not None:
-        second, bound = _rows.second_moment(row.nu, row.mu), largest + _largest(_storage.decode(row.mu)) ** 2
+    if state.mu is not None:
+        second, bound = _states.second_moment(state.nu, state.mu), largest + _largest(_storage.decode(state.mu)) ** 2
     scale = _scale(bound)
     grad_rms = jnp.sqrt(scale) * jnp.sqrt(jnp.mean(second / scale))
     numbers = {"grad_rms": grad_rms, "nu_min": smallest, "nu_max": largest}
-    if row.nu.dtype == jnp.uint8:
-        numbers |= {"at_floor": jnp.mean(row.nu == 0), "at_ceiling": jnp.mean(row.nu == 255)}
+    if state.nu.dtype == jnp.uint8:
+        numbers |= {"at_floor": jnp.mean(state.nu == 0), "at_ceiling": jnp.mean(state.nu == 255)}
     if eps is not None:
         eps = jnp.asarray(eps, nu.dtype)
         denominator = (nu if eps_in_sqrt else jnp.sqrt(nu)) + eps
@@ -263,109 +266,118 @@ def _finished(numbers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return numbers | {"update_to_param": jnp.where(update == 0, 0, update / param)}
 
 
-# --- What wrappers hold -------------------------------------------------------------------------------------
+# --- What the state says ----------------------------------------------------------------------------------
 
 
-def _count(contents: _carry.Contents) -> jax.Array:
-    counts = [_scalar("count", path, x) for path, x in contents.counts().items()]
-    return functools.reduce(jnp.maximum, counts) if counts else jnp.float32(jnp.nan)
+def _count(contents: _states.Contents) -> Any:
+    """The updates made, the most of all groups; NaN where nothing counts."""
+    counts = [_scalar("count", at, x) for at in contents.states for x in contents.counts(at)]
+    return functools.reduce(jnp.maximum, counts) if counts else jnp.nan
 
 
-def _learning_rates(contents: _carry.Contents) -> dict[str, jax.Array]:
-    """Injected rates. Where there are several, they are told apart by the keys at which their paths part."""
-    found = {
-        path: _scalar("the learning rate", path, contents.leaves[path])
-        for path, key in contents.keys.items()
-        if key.field == "hyperparams" and keystr(key.below[:1], simple=True) in LEARNING_RATES
-    }
+def _learning_rates(contents: _states.Contents, given: Any, count: Any) -> dict[str, jax.Array]:
+    """Injected rates and the one that is given. Several are told apart by the keys at which their paths part."""
+    injected = {path: _scalar("the learning rate", path, x) for path, x in contents.learning_rates().items()}
     rates = {}
-    for path, rate in found.items():
-        parts = {_carry.shared_keys(path, other) for other in found if other != path}
-        rates["/".join(keystr((path[i],), simple=True) for i in sorted(parts)), "learning_rate"] = rate
-    return {"/".join(filter(None, name)): rate for name, rate in rates.items()}
+    for path, rate in injected.items():
+        parts = sorted({_states.shared_keys(path, other) for other in injected if other != path})
+        rates["/".join([*(keystr((path[i],), simple=True) for i in parts), "learning_rate"])] = rate
+    if given is not None:
+        if "learning_rate" in rates:
+            raise ValueError("learning_rate is given, and state has an injected one: leave the argument out")
+        rates["learning_rate"] = _given_rate(given, count)
+    return {name: jnp.asarray(rate, jnp.float32) for name, rate in rates.items()}
 
 
-def _scalar(what: str, path: _rows.Path, x: Any) -> jax.Array:
+def _given_rate(given: Any, count: Any) -> Any:
+    """The learning rate of the last update."""
+    if not callable(given):
+        return _checks.number("learning_rate", given, lower=-math.inf)
+    if not isinstance(count, jax.Array):
+        raise ValueError("nothing in state counts updates, as a schedule needs it: pass the learning rate as a number")
+    last = jnp.maximum(count - 1, 0)  # `update` reads a schedule before it counts
+    return _checks.number("learning_rate(count)", given(last), lower=-math.inf)
+
+
+def _scalar(what: str, path: _states.Path, x: Any) -> jax.Array:
     if np.shape(x) != ():
         raise ValueError(
             f"{what} in state{keystr(path)} has shape {np.shape(x)}, as vmap makes it: call jax.vmap(metrics)(state)"
         )
-    return jnp.asarray(x, jnp.float32)
+    return jnp.asarray(x)
 
 
-# --- Leaves by their names ----------------------------------------------------------------------------------
+# --- Trees like the parameters ----------------------------------------------------------------------------
 
 
-_BOX = ".value"  # the array in a variable of Flax
+Shapes = Mapping[Name, tuple[int, ...]]
 
 
-def _names(path: _rows.Path) -> Names:
-    """The keys of a path. Those of a module and of its state are the same, though one has attributes."""
-    names = tuple(keystr((key,), simple=True) for key in path)
-    return (*names[:-1], _BOX) if path[-1:] == (GetAttrKey("value"),) else names
-
-
-def _of_rmsprop(updates: optax.Updates, rows: Collection[Names], masked: Collection[Names]) -> dict[Names, Any]:
+def _updates_for(updates: Any, shapes: Shapes, masked: Collection[Name]) -> dict[Name, Any]:
     """The updates of parameters that have a state."""
-    leaves = _numeric("update", _leaves(updates))
-    if strange := leaves.keys() - _related(leaves, {*rows, *masked}):
+    leaves = _leaves(updates)
+    pairs = _pairs(leaves, shapes)
+    left = leaves.keys() - {name for name, _ in pairs}
+    if strange := [name for name in left if not _start(name, masked) and _trains("update", name, leaves[name])]:
         raise ValueError(f"updates has {_listed(strange)}, and state nothing for it: both must be like the parameters")
-    return {names: leaves[names] for names in _related(leaves, rows)}
+    return _fitting("update", leaves, "state", shapes, pairs)
 
 
-def _with_partner(params: optax.Params, partners: Collection[Names]) -> dict[Names, Any]:
-    """The parameters at the places of the updates, or of the state."""
+def _params_for(params: Any, other: str, shapes: Shapes) -> dict[Name, Any]:
+    """The parameters that have an update or, if no updates are given, a state."""
     leaves = _leaves(params)
-    found = _numeric("parameter", {names: leaves[names] for names in _related(leaves, partners)})
-    if lacking := set(partners) - _related(partners, found):
+    pairs = _pairs(leaves, shapes)
+    if lacking := shapes.keys() - {partner for _, partner in pairs}:
         raise ValueError(f"params has nothing for {_listed(lacking)}: it must have all parameters that are updated")
+    return _fitting("parameter", leaves, other, shapes, pairs)
+
+
+def _leaves(tree: Any) -> dict[Name, Any]:
+    """The leaves of a tree by name. float0, which stands for the gradient of an integer, is none."""
+    return {name: x for name, x in _states.arrays_of(tree).items() if getattr(x, "dtype", None) != jax.dtypes.float0}
+
+
+def _pairs(leaves: Collection[Name], shapes: Collection[Name]) -> list[tuple[Name, Name]]:
+    """Leaves with their partners.
+
+    One name may continue the other: optax.flatten makes one vector of all parameters, and
+    optax.contrib.split_real_and_imaginary makes two arrays of one.
+    """
+    found = {(name, partner) for name in leaves for partner in _start(name, shapes)}
+    return sorted(found | {(name, partner) for partner in shapes for name in _start(partner, leaves)})
+
+
+def _start(name: Name, others: Collection[Name]) -> list[Name]:
+    """The other name that this one equals or continues, if there is one."""
+    return [name[:n] for n in range(len(name) + 1) if name[:n] in others]
+
+
+def _fitting(
+    kind: str, leaves: Mapping[Name, Any], other: str, shapes: Shapes, pairs: Iterable[tuple[Name, Name]]
+) -> dict[Name, Any]:
+    """The leaves that have a partner, which must have their shape, and that train."""
+    found = {name: leaves[name] for name, _ in pairs if _trains(kind, name, leaves[name])}
+    vector = (sum(map(_size, found.values())),)
+    for name, partner in pairs:
+        shape, wanted = np.shape(leaves[name]), shapes[partner]
+        if name in found and shape != wanted and (partner, wanted) != ((), vector):
+            raise ValueError(
+                f"{kind}{_states.shown(name)} has shape {shape}, and {other} has {wanted} for it: they must be equal"
+            )
     return found
 
 
-def _leaves(tree: Any) -> dict[Names, tuple[_rows.Path, Any]]:
-    return {_names(path): (path, x) for path, x in tree_flatten_with_path(tree)[0]}
+def _trains(kind: str, name: Name, x: Any) -> bool:
+    return jnp.issubdtype(_pytree.checked_dtype(f"{kind}{_states.shown(name)}", (), x), jnp.inexact)
 
 
-def _numeric(kind: str, leaves: Mapping[Names, tuple[_rows.Path, Any]]) -> dict[Names, Any]:
-    """Those of floating or complex numbers. Integers do not train, nor does float0, which stands for their gradient."""
-    return {
-        names: x
-        for names, (path, x) in leaves.items()
-        if getattr(x, "dtype", None) != jax.dtypes.float0
-        and jnp.issubdtype(_pytree.checked_dtype(kind, path, x), jnp.inexact)
-    }
+def _listed(names: Iterable[Name]) -> str:
+    return listed(sorted("/".join(name) for name in names))
 
 
-def _related(paths: Iterable[Names], others: Iterable[Names]) -> set[Names]:
-    """Those of the paths that lie at, above or below one of the others."""
-    others = set(others)
-    above = {other[:n] for other in others for n in range(len(other))}
-    return {path for path in paths if path in above or any(path[:n] in others for n in range(len(path) + 1))}
-
-
-def _listed(paths: Iterable[Names]) -> str:
-    return listed(sorted("/".join(names) for names in paths))
-
-
-def _not_empty(column: Mapping[Names, Any] | None) -> dict[Names, Any] | None:
-    return None if column is None else {names: x for names, x in column.items() if _size(x)}
+def _not_empty(column: Mapping[Name, Any] | None) -> dict[Name, Any] | None:
+    return None if column is None else {name: x for name, x in column.items() if _size(x)}
 
 
 def _size(x: Any) -> int:
-    return math.prod(np.shape(x.nu if isinstance(x, _rows.Row) else x))
-
-
-def _labels(paths: Iterable[Names]) -> dict[Names, str]:
-    """What to call each leaf: nobody wants to see Flax's boxes."""
-    paths = set(paths)
-    siblings = collections.Counter(names[:n] for names in paths for n in range(len(names)))
-
-    def label(names: Names) -> str:
-        if names[-1:] != (_BOX,):
-            return "/".join(names)
-        return "/".join(names[:-1] if siblings[names[:-1]] == 1 else (*names[:-1], "value"))
-
-    labels = {names: label(names) for names in paths}
-    if twice := repeated(labels.values()):
-        raise ValueError(f"several leaves would be called {listed(twice)}: rename the keys that contain a slash")
-    return labels
+    return math.prod(np.shape(x.nu if isinstance(x, Accumulators) else x))

@@ -39,10 +39,12 @@ def zero_count(params: Any) -> jax.Array:
 
 def place_like(value: jax.Array, like: Any) -> jax.Array:
     """`value` with the sharding of `like`, if that was chosen by someone, in a buffer of its own."""
-    sharding = _sharding(like)
+    sharding, value = _sharding(like), jnp.array(value, copy=True)
     if isinstance(value, Tracer) or sharding is None or not getattr(like, "committed", True):
-        return jnp.array(value, copy=True)
-    return jax.device_put(value, sharding, may_alias=False)
+        return value
+    # Of a copy: even with may_alias=False, device_put of an array on one device to a mesh shares the buffer there
+    # (tests/test_carry.py, test_the_result_has_the_new_state_s_shardings).
+    return jax.device_put(value, sharding)
 
 
 def _sharding(array: Any) -> Any:

@@ -14,7 +14,7 @@ from helpers import advance, assert_equal, mesh_of, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from problems import grads
 
-from rmsprop_jax import _storage, interop, rmsprop, RMSPropState, RoundParamsState
+from rmsprop_jax import _storage, carry_over, rmsprop, RMSPropState, RoundParamsState
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -104,13 +104,13 @@ def test_a_restored_state_is_carried_over_to_other_options(tmp_path, old, new, c
     params, state = run(before, start(), before.init(start()), 0, 30)
     saved(tmp_path, state)
     kept = restored(tmp_path, jax.eval_shape(before.init, params))
-    carried = interop.from_rmsprop(kept, after.init(params))
+    carried = carry_over(kept, after.init(params))
     assert types(carried) == types(after.init(params))
     if old == new:
         assert_equal(carried, state)
     # Both states have E[g²] in common. It is carried over to within one rounding of its new dtype.
     plain = make(rmsprop(1e-3)).init(params)
-    second, expected = (optax.tree.get(interop.from_rmsprop(s, plain), "nu") for s in (carried, kept))
+    second, expected = (optax.tree.get(carry_over(s, plain), "nu") for s in (carried, kept))
     for k in params:
         np.testing.assert_allclose(second[k], expected[k], rtol=ROUNDING.get(new.get("state_dtype"), 1e-5))
     later, _ = run(after, params, carried, 30, 60)
@@ -153,10 +153,10 @@ def check_end(tx, params, state, end, tolerance):
 def test_a_checkpoint_of_an_earlier_version_is_resumed(version, case):
     kept, recorded = restored_from(version, case)
     params, tx = kept["params"], earlier.transformation(earlier.CASES[case])
-    state = interop.from_rmsprop(RMSPropState(**kept["state"]), tx.init(params))
+    state = carry_over(RMSPropState(**kept["state"]), tx.init(params))
     assert state.count == 40
     wide = earlier.transformation({**earlier.CASES[case], "state_dtype": None})
-    np.testing.assert_array_equal(interop.from_rmsprop(state, wide.init(params)).nu["w"], recorded["nu"])
+    np.testing.assert_array_equal(carry_over(state, wide.init(params)).nu["w"], recorded["nu"])
     if version == "0.2":  # every slot has the dtype that it has now, so every bit stays
         for slot in ("nu", "mu", "trace"):
             jax.tree.map(np.testing.assert_array_equal, getattr(state, slot), kept["state"][slot])
@@ -171,7 +171,7 @@ def test_three_bytes_of_version_0_2_are_resumed(keep_rest):
     ours, rounding = kept["state"]
     tx = earlier.three_bytes(keep_rest)
     old = RMSPropState(**ours), RoundParamsState(**rounding)
-    state = interop.from_rmsprop(old, tx.init(kept["params"]))
+    state = carry_over(old, tx.init(kept["params"]))
     assert state[0].count == state[1].step == 40
     np.testing.assert_array_equal(_storage.decode(state[0].nu["w"]), recorded["nu"])
     check_end(tx, kept["params"], state, recorded["ends"], 0.2)

@@ -8,7 +8,7 @@ from golden import checkpoints
 from golden.checkpoints import END, EPS, recorded, STOP, TABLE, TABLE_ORIGIN
 from recordings import check_goes_on, from_torch_layout, others, rates
 
-from rmsprop_jax import dialects, interop
+from rmsprop_jax import carry_over, dialects, interop
 
 
 HIDDEN = "__bnb_optimizer_quant_state__"
@@ -159,5 +159,5 @@ def test_pytorch_s_checkpoint_is_sent_there(group, entry):
 def test_it_goes_on_in_one_byte():
     state = interop.from_bitsandbytes(state_dict(), NAMES)
     params = recorded("bitsandbytes-8bit")["middle"]
-    lean = interop.from_rmsprop(state, dialects.bitsandbytes(0.1, state_dtype="uint8").init(params))
+    lean = carry_over(state, dialects.bitsandbytes(0.1, state_dtype="uint8").init(params))
     assert {x.dtype for x in lean.nu.values()} == {np.dtype("uint8")}

@@ -7,7 +7,7 @@ import pytest
 from golden.checkpoints import recorded
 from interop_helpers import checkpoint, entry, group
 
-from rmsprop_jax import dialects, interop, rmsprop
+from rmsprop_jax import carry_over, dialects, interop, rmsprop
 
 
 BUFFERS = {"square_avg": np.full((3, 2), 2.0), "momentum_buffer": np.full((3, 2), 4.0)}
@@ -28,8 +28,8 @@ def test_another_layer_in_the_place_of_one(wrap):
     tx = wrap(dialects.timm(0.1, momentum=0.9))
     fresh = tx.init(NEW_PARAMS)
     read = interop.from_timm(TORCH, ["body.weight", "head.weight"], replace_head)
-    state = interop.from_rmsprop(read, fresh)
-    bare = interop.from_rmsprop(state, dialects.timm(0.1, momentum=0.9).init(NEW_PARAMS))
+    state = carry_over(read, fresh)
+    bare = carry_over(state, dialects.timm(0.1, momentum=0.9).init(NEW_PARAMS))
     assert (bare.nu["body"] == 2).all()
     assert (bare.trace["body"] == 4).all()
     # timm's averages start at 1.
@@ -69,9 +69,9 @@ def test_a_layer_that_is_gone():
 
     tx = dialects.timm(0.1, momentum=0.9)
     dropped = interop.from_timm(TORCH, ["body.weight", "head.weight"], nothing_new)
-    with pytest.raises(ValueError, match=r"state has nothing for .*nu\['head'\]\['kernel'\]"):
-        interop.from_rmsprop(dropped, tx.init(NEW_PARAMS))
-    state = interop.from_rmsprop(dropped, tx.init({"body": NEW_PARAMS["body"]}))
+    with pytest.raises(ValueError, match=r"state has nothing for .*\['head'\]\['kernel'\]"):
+        carry_over(dropped, tx.init(NEW_PARAMS))
+    state = carry_over(dropped, tx.init({"body": NEW_PARAMS["body"]}))
     assert set(state.nu) == {"body"}
 
 
@@ -79,7 +79,7 @@ def test_a_layer_that_is_new():
     kept = recorded("mlx")["checkpoint"]["safetensors"]
     read = interop.from_mlx(kept, lambda arrays: {**arrays, "new": {"kernel": optax.MaskedNode()}})
     params = {name: np.zeros_like(x) for name, x in read.nu.items() if name != "new"} | {"new": {"kernel": np.ones(3)}}
-    state = interop.from_rmsprop(read, rmsprop(0.1, initial_scale=0.5).init(params))
+    state = carry_over(read, rmsprop(0.1, initial_scale=0.5).init(params))
     assert (state.nu["new"]["kernel"] == 0.5).all()
     np.testing.assert_array_equal(state.nu["fc.bias"], kept["fc.bias.v"])
     assert state.count == 100

@@ -10,7 +10,7 @@ import optax
 import pytest
 from frameworks import is_here, StableBaselines3, Timm, Torch
 
-from rmsprop_jax import dialects, interop
+from rmsprop_jax import carry_over, dialects, interop
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("users_climate")]
@@ -116,7 +116,7 @@ def test_torch_complex_parameters(options):
     state = interop.from_pytorch({**kept, "state": {0: entry}}, ["w"], lambda a: {"w": Pair(*a["w"].T)})
     tx = optax.contrib.split_real_and_imaginary(dialects.pytorch(0.1, **options))
     params = {"w": jnp.asarray(p.detach().numpy())}
-    state = interop.from_rmsprop(state, tx.init(params))
+    state = carry_over(state, tx.init(params))
     steps(10, 30)
     for t in range(10, 30):
         updates, state = tx.update({"w": jnp.asarray(gradient(t))}, state, params)

@@ -8,7 +8,7 @@ import pytest
 from interop_helpers import checkpoint, entry, group
 from resume import convert, convert_back, NAMES, ORIGIN
 
-from rmsprop_jax import interop, rmsprop
+from rmsprop_jax import carry_over, interop, rmsprop
 from rmsprop_jax.interop import _named
 
 
@@ -57,7 +57,7 @@ def test_what_does_not_train_has_no_state():
     params = {"a": jnp.ones(2), "b": jnp.ones(2), "n": jnp.arange(2)}
     state = interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {**x, "n": None})
     tx = rmsprop(0.1)
-    assert jax.tree.structure(interop.from_rmsprop(state, tx.init(params))) == jax.tree.structure(tx.init(params))
+    assert jax.tree.structure(carry_over(state, tx.init(params))) == jax.tree.structure(tx.init(params))
     tx.update({**params, "n": None}, state)
 
 

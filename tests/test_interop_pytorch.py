@@ -9,7 +9,7 @@ import pytest
 from interop_helpers import checkpoint, entry, group
 from resume import convert, NAMES, ORIGIN, recorded
 
-from rmsprop_jax import dialects, interop, rmsprop
+from rmsprop_jax import carry_over, dialects, interop, rmsprop
 
 
 ABC = {0: entry(1.0), 1: entry(2.0), 2: entry(3.0)}
@@ -197,7 +197,7 @@ def test_groups_with_other_momentum_and_centering():
     }
     tx = optax.partition(parts, {name: name for name in "abc"})
     params = dict.fromkeys("abc", jnp.ones(2))
-    updates, _ = tx.update(params, interop.from_rmsprop(state, tx.init(params)), params)
+    updates, _ = tx.update(params, carry_over(state, tx.init(params)), params)
     np.testing.assert_allclose(updates["a"], -0.1 / (np.sqrt(0.99 * 1 + 0.01) + 1e-8), rtol=1e-6)
     np.testing.assert_allclose(updates["b"], -0.1 * (4.5 + 1 / np.sqrt(0.99 * 2 + 0.01)), rtol=1e-6)
     np.testing.assert_allclose(updates["c"], -0.1 / np.sqrt(0.99 * 3 + 0.01 - (0.99 * 0.5 + 0.01) ** 2), rtol=1e-6)
@@ -480,7 +480,7 @@ def test_transposed_shapes():
     state = read(torch_checkpoint(), convert=forgot_to_transpose)
     tx = dialects.pytorch(0.1, centered=True, momentum=0.9)
     with pytest.raises(ValueError, match=r"\.nu\['fc'\]\['kernel'\] has shape \(3, 8\) in state and \(8, 3\) in like"):
-        interop.from_rmsprop(state, tx.init(params))
+        carry_over(state, tx.init(params))
     # Without it the first update tells.
     with pytest.raises(ValueError, match=r"gradient\['fc'\]\['kernel'\] has shape \(8, 3\), its nu \(3, 8\)"):
         tx.update(params, state)
@@ -520,7 +520,7 @@ def test_complex_accumulators_that_were_split_go_on():
     state = interop.from_pytorch(checkpoint([group([0])], entries), ["w"], lambda a: {"w": Pair(*a["w"].T)})
     tx = optax.contrib.split_real_and_imaginary(dialects.pytorch(0.1))
     params = {"w": jnp.ones(2, jnp.complex64)}
-    updates, _ = tx.update({"w": jnp.array([1 + 2j, 3 - 4j])}, interop.from_rmsprop(state, tx.init(params)))
+    updates, _ = tx.update({"w": jnp.array([1 + 2j, 3 - 4j])}, carry_over(state, tx.init(params)))
     g = np.array([[1.0, 2.0], [3.0, -4.0]])
     expected = -0.1 * g / (np.sqrt(0.99 * parts + 0.01 * g**2) + 1e-8)
     np.testing.assert_allclose(updates["w"], expected[:, 0] + 1j * expected[:, 1], rtol=1e-6)

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from rmsprop_jax import (
-    interop,
+    carry_over,
     params_in_bfloat16,
     params_in_float32,
     rmsprop,
@@ -262,12 +262,12 @@ def test_a_run_goes_on_in_a_chain_that_keeps_a_rest_and_back():
     three, four = (optax.chain(INNER, round_params_stochastically(keep)) for keep in (False, True))
     grads = {"w": GRADS["w"]}
     _, state = three.update(grads, three.init(params), params)
-    state = interop.from_rmsprop(state, four.init(params))
+    state = carry_over(state, four.init(params))
     assert (state[1].rest["w"] == 0).all()
     assert state[1].step == state[0].count == 1
     updates, state = four.update(grads, state, params)
     params = optax.apply_updates(params, updates)
-    wrapped = interop.from_rmsprop(state, optax.apply_if_finite(four, 3).init(params))
+    wrapped = carry_over(state, optax.apply_if_finite(four, 3).init(params))
     np.testing.assert_array_equal(params_in_float32(params, wrapped)["w"], params_in_float32(params, state)["w"])
     assert (params_in_float32(params, wrapped)["w"] != params["w"].astype(jnp.float32)).any()
 

@@ -30,7 +30,7 @@ from resume import (
     STOP,
 )
 
-from rmsprop_jax import dialects, interop
+from rmsprop_jax import carry_over, dialects, interop
 
 
 pytestmark = pytest.mark.slow
@@ -241,7 +241,7 @@ def test_live_torch_checkpoints_as_they_come(subtests):
             assert stored == (name == "named parameters")
             start = params = weights(model)
             state = interop.from_pytorch(optimizer.state_dict(), names)
-            state = interop.from_rmsprop(state, tx.init(params))
+            state = carry_over(state, tx.init(params))
             torch_steps(model, optimizer, 100, 200)
             for t in range(100, 200):
                 updates, state = tx.update(torch_gradient(params, t, name == "maximize"), state, params)

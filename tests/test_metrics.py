@@ -15,7 +15,7 @@ from helpers import mesh_of, normal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from rmsprop_jax import dialects, metrics, rmsprop, RMSPropState, scale_by_rms
-from rmsprop_jax._metrics import LEARNING_RATES
+from rmsprop_jax._states import LEARNING_RATES
 
 
 PARAMS = {"w": normal((16, 8)), "layer": {"bias": normal((8,), seed=1), "scale": jnp.float32(-2.0)}}

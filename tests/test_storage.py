@@ -15,6 +15,7 @@ from problems import train_digits
 from rmsprop_jax import (
     _bits,
     _storage,
+    carry_over,
     dialects,
     interop,
     rmsprop,
@@ -337,7 +338,7 @@ def test_an_update_keeps_the_dtype_of_an_old_buffer():
         _, state = tx.update(g, state)
     assert (state.nu.dtype, state.trace.dtype) == (jnp.uint8, jnp.bfloat16)
     expected = values(state.trace)
-    carried = interop.from_rmsprop(state, tx.init(g))
+    carried = carry_over(state, tx.init(g))
     np.testing.assert_allclose(values(carried.trace), expected, rtol=0.25, atol=2.0**-24)
 
 
@@ -453,12 +454,12 @@ def test_from_rmsprop_turns_options_on_and_off():
     state = plain.init(params)
     for _ in range(3):
         _, state = plain.update(grads, state)
-    on = interop.from_rmsprop(state, centered.init(params))
+    on = carry_over(state, centered.init(params))
     # E[g²] is the variance about a mean of zero.
     np.testing.assert_array_equal(on.nu["w"], state.nu["w"])
     assert (on.count, float(on.mu["w"].sum()), float(on.trace["w"].sum())) == (3, 0, 0)
     _, on = centered.update(grads, on)
-    off = interop.from_rmsprop(on, plain.init(params))
+    off = carry_over(on, plain.init(params))
     _, expected = plain.update(grads, state)
     np.testing.assert_allclose(off.nu["w"], expected.nu["w"], rtol=1e-6)
     assert (off.count, off.mu, off.trace) == (4, None, None)
@@ -475,7 +476,7 @@ def test_from_rmsprop_changes_the_dtype_inside_a_chain(state_dtype):
     state = chains[0].init(params)
     for g in normal((3, 4096)):
         _, state = chains[0].update(g, state)
-    narrow = interop.from_rmsprop(state, chains[1].init(params))
+    narrow = carry_over(state, chains[1].init(params))
     assert dtypes(narrow) == dtypes(chains[1].init(params))
     assert narrow[1].count == 3
     np.testing.assert_allclose(values(narrow[1].nu).mean(), np.asarray(state[1].nu).mean(), rtol=0.02)
@@ -483,7 +484,7 @@ def test_from_rmsprop_changes_the_dtype_inside_a_chain(state_dtype):
     rounding = 0.25 if state_dtype == jnp.uint8 else 2.0**-7
     np.testing.assert_allclose(values(narrow[1].trace), np.asarray(state[1].trace), rtol=rounding)
     np.testing.assert_allclose(values(narrow[1].trace).mean(), np.asarray(state[1].trace).mean(), atol=0.01)
-    back = interop.from_rmsprop(narrow, chains[0].init(params))
+    back = carry_over(narrow, chains[0].init(params))
     np.testing.assert_array_equal(back[1].nu, values(narrow[1].nu))
     chains[0].update(params, back)
     chains[1].update(params, narrow)
@@ -491,7 +492,7 @@ def test_from_rmsprop_changes_the_dtype_inside_a_chain(state_dtype):
 
 def test_from_rmsprop_refuses_another_tree():
     with pytest.raises(ValueError):  # noqa: PT011 (JAX's own words)
-        interop.from_rmsprop(rmsprop(0.1).init({"a": jnp.ones(1)}), rmsprop(0.1).init({"b": jnp.ones(1)}))
+        carry_over(rmsprop(0.1).init({"a": jnp.ones(1)}), rmsprop(0.1).init({"b": jnp.ones(1)}))
 
 
 def test_interop_writes_values_and_not_codes():
@@ -503,9 +504,9 @@ def test_interop_writes_values_and_not_codes():
     np.testing.assert_allclose(arrays["w_velocity"], second, rtol=1e-6)
     np.testing.assert_allclose(arrays["w_momentum"], values(state.trace["w"]), rtol=1e-6)
     optax_tx = optax.rmsprop(0.1, momentum=0.9, centered=True)
-    theirs = interop.to_optax(state, optax_tx.init(params))
+    theirs = carry_over(state, optax_tx.init(params))
     np.testing.assert_allclose(theirs[0].nu["w"], second, rtol=1e-6)
-    narrow = interop.from_rmsprop(interop.from_optax(theirs), tx.init(params))
+    narrow = carry_over(theirs, tx.init(params))
     assert isinstance(narrow, RMSPropState)
     assert narrow.nu["w"].dtype == jnp.uint8
 

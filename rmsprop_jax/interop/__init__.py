@@ -42,7 +42,6 @@ from ._bitsandbytes import from_bitsandbytes
 from ._keras import from_keras, to_keras
 from ._mindspore import from_mindspore
 from ._mlx import from_mlx
-from ._optax import from_optax, from_rmsprop, to_optax
 from ._paddle import from_paddle
 from ._pytorch import from_pytorch, from_stable_baselines3, from_timm, to_pytorch
 from ._table import table
@@ -55,17 +54,14 @@ __all__ = [
     "from_keras",
     "from_mindspore",
     "from_mlx",
-    "from_optax",
     "from_paddle",
     "from_pytorch",
-    "from_rmsprop",
     "from_stable_baselines3",
     "from_tensorflow1",
     "from_tensorflow2",
     "from_timm",
     "table",
     "to_keras",
-    "to_optax",
     "to_pytorch",
     "to_tensorflow1",
 ]

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from .. import _storage
+from .. import _carry, _states, _storage
 from .._rmsprop import RMSPropState
 from .._text import listed, repeated
-from . import _carry, _rows
 from ._arrays import array, updates
 
 
@@ -73,7 +72,7 @@ def state_of(
         raise ValueError(f"convert asks for {error}, the checkpoint has {names}{hint}") from error
     trees = {slot: convert(dict(arrays)) for slot, arrays in slots.items()}
     if "mu" in trees:
-        trees["nu"] = jax.tree.map(_rows.variance, trees["nu"], trees["mu"])
+        trees["nu"] = jax.tree.map(_states.variance, trees["nu"], trees["mu"])
     arrays = {slot: jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree) for slot, tree in trees.items()}
     return RMSPropState(count=jnp.asarray(made, jnp.int32), **arrays)
 
@@ -164,11 +163,11 @@ def arrays_of(
     bare = _carry.bare(state, "a framework's checkpoint has no place for it")
     if np.shape(bare.count):
         raise ValueError(f"the count has shape {np.shape(bare.count)}: take one of the states that jax.vmap made")
-    if masked := [keystr(path) for path, x in _rows.by_path(bare.nu).items() if _rows.is_masked(x)]:
+    if masked := [_states.shown(name) for name, x in _states.arrays_of(bare.nu).items() if _states.is_masked(x)]:
         raise ValueError(f"the state has no accumulators for {listed(masked)}, which were masked")
-    trees = {slot: jax.tree.map(_storage.decode, getattr(bare, slot)) for slot in _rows.Row._fields}
+    trees = {slot: jax.tree.map(_storage.decode, getattr(bare, slot)) for slot in _states.Accumulators._fields}
     if bare.mu is not None:
-        trees["nu"] = jax.tree.map(_rows.second_moment, bare.nu, bare.mu)
+        trees["nu"] = jax.tree.map(_states.second_moment, bare.nu, bare.mu)
     slots = {slot: convert_back(tree) for slot, tree in trees.items() if tree is not None}
     if names is not None:
         _check_names(list(names), list(slots["nu"]))

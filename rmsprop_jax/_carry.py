@@ -1,0 +1,345 @@
+"""From one state into another: collect both sides, compare them, then move."""
+
+import functools
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import keystr
+
+from . import _checks, _placement, _states, _storage
+from ._rmsprop import RMSPropState
+from ._states import Accumulators, Contents, Key, Name, Path
+from ._text import listed
+
+
+__all__ = ["bare", "carry_over", "check_has_rmsprop"]
+
+
+def carry_over(state: Any, into: Any, *, allow_new: bool = False) -> Any:
+    """Moves a state into a transformation with other options or in other wrappers.
+
+    With this a run resumes after a change of its optimizer: another momentum or `state_dtype`, another wrapper,
+    :func:`optax.rmsprop` before or afterwards, a checkpoint of another framework, Flax NNX for Linen.
+
+    Every accumulator of `state` goes to the parameter of the same name in `into`. Names are the keys on the way to
+    a parameter, without the boxes in which Flax keeps arrays (`.value`). Masked parameters are left out. A slot
+    that only `into` has starts from zero. A slot that only `state` has is dropped: the mean of a centered state goes
+    back into E[g²], and a momentum buffer is lost, as `into` has no momentum. Between ours and Optax's, the sign of the
+    buffer and E[g²] or variance are converted. A buffer means something else with another `lr_in_momentum`, which a
+    state does not say: that is not converted.
+
+    Arrays of wrappers, such as counters, averages and accumulated gradients, are kept where both sides have the
+    wrapper, in the same place relative to RMSProp: in front an average is one of gradients, and behind it one of
+    updates. A new wrapper starts as in `into`, but its schedules continue from the count of `state`. Injected
+    hyperparameters are those of `into`.
+
+    No value is looked at under :func:`jax.jit`. There :class:`optax.MultiSteps` may lose half an accumulation, and
+    groups that become one get the first of their counts.
+
+    Args:
+        state: the state of `rmsprop`, `scale_by_rms` or a dialect, or of :func:`optax.rmsprop`,
+            :func:`optax.scale_by_rms` or :func:`optax.scale_by_stddev`, in any wrapper; or what a reader of
+            :mod:`rmsprop_jax.interop` returns. Optax counts only with a schedule or bias correction. Without them,
+            the count is that of the nearest wrapper that counts, or 0.
+        into: a state with the structure you want: `tx.init(params)`, `jax.eval_shape(tx.init, params)`, or the
+            `opt_state` of a new `TrainState` or `nnx.Optimizer`.
+        allow_new: parameters that only `into` has start as they are there. By default they are an error.
+
+    Returns:
+        A state with the structure, shapes, dtypes, boxes and shardings of `into`. It shares no buffer with `state` or
+        `into`, so it can be donated.
+
+    Raises:
+        ValueError: names or shapes differ, there is no state of RMSProp, or `state` has something, such as half an
+            accumulation, that has no place in `into`. The error lists the paths.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmsprop_jax import carry_over, rmsprop
+        >>> params = jnp.array([1.0, 2.0])
+        >>> _, state = rmsprop(0.1).update(params, rmsprop(0.1).init(params))
+        >>> lean = rmsprop(0.1, momentum=0.9, state_dtype=jnp.uint8)
+        >>> state = carry_over(state, lean.init(params))
+        >>> int(state.count), state.nu.dtype, state.trace
+        (1, dtype('uint8'), Array([0, 0], dtype=int8))
+    """
+    allow_new = _checks.flag("allow_new", allow_new)
+    old, new = _collect(state, into)
+    found = _fitted(old, new)
+    moves = {**_moves_of_accumulators(found, old, new), **_moves_of_wrappers(old, new)}
+    problems = [
+        *_unknown(found, old, new, allow_new),
+        *_misfits(moves),
+        *_lost(old, new, _NO_PLACE),
+        *_exchanged_buffers(found, new, moves),
+    ]
+    if problems:
+        raise ValueError(f"state and `into` do not fit: {listed(problems, '; ')}")
+    # One number for all groups, and for all states that were vmapped: it only chooses random bits.
+    number = functools.reduce(jnp.maximum, [jnp.max(x, initial=0) for x in _counts(old)])
+    return _states.replace(into, {path: _moved(move, number) for path, move in moves.items()})
+
+
+def bare(state: Any, reason: str) -> RMSPropState:
+    """One state of ours, without boxes, as our update takes it: zeros where only other groups have a slot.
+
+    `reason`: why it cannot hold what wrappers hold.
+    """
+    contents = _states.contents_of(state)
+    check_has_rmsprop(contents, state, "this")
+    if lost := [*_lost(contents, Contents({}, {}, {}, set()), reason)]:
+        raise ValueError(listed(lost, "; "))
+    found = contents.accumulators()
+
+    def value(slot: str, name: Name) -> jax.Array:
+        x = getattr(found[name], slot)
+        return jnp.zeros_like(_storage.decode(found[name].nu)) if x is None else jnp.array(x, copy=True)
+
+    nus = [_states.nu_of(node) for node in contents.states.values()]
+    used = {slot for node in contents.states.values() for _, slot, _, _ in _states.slots_of(node)}
+    trees = {
+        slot: _states.one_tree(nus, lambda name, slot=slot: value(slot, name))
+        for slot in Accumulators._fields
+        if slot == "nu" or slot in used
+    }
+    count, *others = _counts(contents)
+    if others:
+        raise ValueError(f"the groups have different counts: {listed([count, *others])}: {_ONE_COUNT}")
+    return RMSPropState(jnp.array(count, jnp.int32), **trees)
+
+
+def check_has_rmsprop(contents: Contents, state: Any, name: str) -> None:
+    if contents.states:
+        return
+    kinds = sorted({getattr(key.kind, "__name__", "other arrays") for key in contents.keys.values()})
+    dicts = {path[:i] for path in contents.arrays for i, key in enumerate(_states.name_of(path)) if key == "nu"}
+    remedy = (
+        f". It was restored as a dict: put RMSPropState(**state{keystr(min(dicts, key=len))}) there" if dicts else ""
+    )
+    raise ValueError(
+        f"no state of RMSProp in {name} {type(state).__name__}: it holds {listed(kinds) or 'nothing'}{remedy}"
+    )
+
+
+# --- Collect ----------------------------------------------------------------------------------------------
+
+
+class Move(NamedTuple):
+    """What becomes of one array of `into`."""
+
+    sources: list[Any]  # the values it can get. None: it stays as it is. Several: they differ
+    array: Any
+    slot: str = ""  # if it is an accumulator
+
+
+def _collect(state: Any, into: Any) -> tuple[Contents, Contents]:
+    """Both sides, taken apart. Each decides whether a tuple on the other is optax.rmsprop's state or a chain."""
+    old = _states.contents_of(state, whole=not _states.find(into, _states.is_optax_chain))
+    new = _states.contents_of(into, whole=not _states.find(state, _states.is_optax_chain))
+    check_has_rmsprop(old, state, "this")
+    check_has_rmsprop(new, into, "`into`, which is a")
+    return old, new
+
+
+Found = Mapping[Name, Accumulators]
+
+
+def _counts(old: Contents, names: Collection[Name] = ()) -> list[Any]:
+    """The count of the groups that have these parameters, or of all groups. Several if they differ; 0 without one."""
+    groups = [at for at, node in old.states.items() if _states.names_of(node) & {*names}] or old.states
+    return _distinct([x for at in groups for x in old.counts(at)]) or [jnp.zeros((), jnp.int32)]
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    """One of them if all are equal."""
+    return values[:1] if all(_states.equal(x, values[0]) for x in values) else values
+
+
+def _moves_of_accumulators(found: Found, old: Contents, new: Contents) -> dict[Path, Move]:
+    moves = {}
+    for at, node in new.states.items():
+        slots = [*_states.slots_of(node)]
+        centered = {name for _, slot, name, _ in slots if slot == "mu"}
+        for path, slot, name, x in slots:
+            if slot == "count":
+                moves[at + path] = Move(_counts(old, _states.names_of(node)), x)
+            elif not _states.is_masked(x):
+                sources = [] if name not in found else _sources(found[name], slot, node, name in centered, x)
+                moves[at + path] = Move(sources, x, slot)
+    return moves
+
+
+def _sources(found: Accumulators, slot: str, node: Any, centered: bool, x: Any) -> list[Any]:
+    """The value for one slot of a state, as it keeps it."""
+    value, theirs = getattr(found, slot), not _states.is_ours(node)
+    if slot == "nu" and found.mu is not None and (theirs or not centered):
+        value = _states.second_moment(found.nu, found.mu)
+    if slot == "trace" and value is not None and theirs:
+        value = -_storage.decode(value)
+    if value is None:  # a slot that only `into` has
+        return [jnp.zeros(x.shape, x.dtype)] if _is_shape(x) else []
+    return [value]
+
+
+def _fitted(old: Contents, new: Contents) -> Found:
+    """The accumulators of `old`, also where one side has all parameters in one vector, as optax.flatten makes it."""
+    found = old.accumulators()
+    if len(old.states) != 1 or len(new.states) != 1:
+        return found
+    places = {name: np.shape(x) for name, x in _states.arrays_of(_states.nu_of(*new.states.values())).items()}
+    shapes = {name: np.shape(x.nu) for name, x in found.items()}
+    vectors = [list(side) == [()] and len(side[()]) == 1 for side in (shapes, places)]
+    sizes = [sum(map(math.prod, side.values())) for side in (shapes, places)]
+    if vectors[0] == vectors[1] or sizes[0] != sizes[1]:
+        return found
+    if vectors[1]:
+        return {(): Accumulators(*map(_joined, zip(*found.values(), strict=True)))}
+    ends = np.cumsum([math.prod(shape) for shape in places.values()]).tolist()
+    return {
+        name: Accumulators(*(x if x is None else x[end - math.prod(shape) : end].reshape(shape) for x in found[()]))
+        for (name, shape), end in zip(places.items(), ends, strict=True)
+    }
+
+
+def _joined(column: tuple[Any, ...]) -> Any:
+    if any(x is None for x in column):
+        return None
+    alike = len({x.dtype for x in column}) == 1
+    flat = [jnp.ravel(x if alike else _storage.decode(x)) for x in column]
+    widest = jnp.result_type(*flat)
+    return jnp.concatenate([x.astype(widest) for x in flat])
+
+
+def _moves_of_wrappers(old: Contents, new: Contents) -> dict[Path, Move]:
+    """A counter of updates that only `into` has gets the count. Of several wrappers of one kind, each gets its own."""
+    sources, places, moves = _by_key(old), _by_key(new), {}
+    for key, paths in places.items():
+        found = [] if key.is_injected else [old.arrays[path] for path in sources.get(key, [])]
+        if not found and key.counts_updates:
+            found = _counts(old)
+        each = [[x] for x in found] if len(found) == len(paths) else [_distinct(found)] * len(paths)
+        moves |= {path: Move(values, new.arrays[path]) for path, values in zip(paths, each, strict=True)}
+    return moves
+
+
+def _by_key(contents: Contents) -> dict[Key, list[Path]]:
+    found: dict[Key, list[Path]] = {}
+    for path, key in contents.keys.items():
+        found.setdefault(key, []).append(path)
+    return found
+
+
+# --- Compare ----------------------------------------------------------------------------------------------
+
+
+_ONE_COUNT = "Give them one, such as optax.tree.set(state, count=...)"
+_NO_PLACE = "`into` has no place for it on the same side of RMSProp's state"
+
+
+def _unknown(found: Found, old: Contents, new: Contents, allow_new: bool) -> Iterator[str]:
+    """Parameters that only one of the two has."""
+    absent, left_out = old.masked(), new.masked()
+    places = set().union(*map(_states.names_of, new.states.values()))
+    added = [name for name in sorted(places) if name not in found and not _below(name, absent)]
+    if added and not allow_new:
+        yield f"state has nothing for {_listed(added)}: with allow_new=True they start as they are in `into`"
+    if lost := [name for name in found if name not in places and not _below(name, left_out)]:
+        yield f"`into` has no place for {_listed(lost)}: to leave them behind, mask them there with optax.masked"
+
+
+def _misfits(moves: Mapping[Path, Move]) -> Iterator[str]:
+    """Arrays of `into` that cannot get their values."""
+    for path, (sources, x, slot) in moves.items():
+        where = keystr(path) or "it"
+        if len(sources) > 1:
+            values = f": {listed(sources)}. {_ONE_COUNT}" if not any(map(np.ndim, sources)) else ""
+            yield f"state has {len(sources)} values for {where}, which differ{values}"
+        elif not sources:
+            if _is_shape(x):
+                yield f"`into` has only the shape of {where}, and state has no value for it"
+        elif np.shape(sources[0]) != np.shape(x):
+            yield f"{where} has shape {np.shape(sources[0])} in state and {np.shape(x)} in `into`"
+        elif slot != "nu" and jnp.iscomplexobj(sources[0]) != jnp.iscomplexobj(x):  # Optax's ν is complex
+            yield f"{where} has dtype {sources[0].dtype} in state and {x.dtype} in `into`"
+
+
+def _lost(old: Contents, new: Contents, reason: str) -> Iterator[str]:
+    """What wrappers hold and `into` does not. Counters may go with their wrapper; averages may not."""
+    places = set(new.keys.values())
+    fields, left_out = {(key.kind, key.field, key.side) for key in places}, new.masked() - old.masked()
+    itself = listed(f"state{keystr(path)}" for path in old.states)
+    for key, paths in _by_key(old).items():
+        # A field that is empty in the same wrapper: an option that is off, or what the next update measures anew.
+        empty = (key.kind, key.side) in new.records and (key.kind, key.field, key.side) not in fields
+        if key in places or key.is_injected or empty or (left_out and _below(key.below, left_out)):
+            continue
+        if key.kind is optax.MultiStepsState:
+            apart = key.field == "acc_grads" and Key(key.kind, "mini_step", (), key.side) in places
+            half = (key.field == "mini_step" or apart) and _is_half_filled(old)
+            lost = [f"{keystr(path)}, gradients of half an update" for path in paths if half]
+        else:
+            lost = [keystr(path) for path in paths if _is_average(key, old.arrays[path])]
+        if lost:
+            yield f"state also holds {listed(lost)}: {reason}. To leave it behind, pass RMSProp's own state, {itself}"
+
+
+def _exchanged_buffers(found: Found, new: Contents, moves: Mapping[Path, Move]) -> Iterator[str]:
+    """A momentum buffer that would be dropped where `into` starts another one, which means something else."""
+    traces = [path for path, key in new.keys.items() if key.kind is optax.TraceState and not moves[path].sources]
+    kept = any(move.slot == "trace" for move in moves.values())
+    if traces and not kept and any(x.trace is not None for x in found.values()):
+        yield (
+            f"state has a momentum buffer of RMSProp, and `into` has optax.trace, {listed(map(keystr, traces))}, whose "
+            "buffer is another: carry over into a state without momentum first, and from there into this one"
+        )
+
+
+def _is_half_filled(contents: Contents) -> bool:
+    """Whether gradients of half an update are accumulated, as far as that may be seen."""
+    steps = [
+        contents.arrays[path]
+        for path, key in contents.keys.items()
+        if (key.kind, key.field) == (optax.MultiStepsState, "mini_step")
+    ]
+    return not all(_states.equal(x, np.zeros(np.shape(x))) for x in steps)
+
+
+def _is_average(key: Key, x: Any) -> bool:
+    """Whether an array is more than a counter, a flag, or a random key."""
+    if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.number)):
+        return False
+    return np.ndim(x) > 0 or (bool(key.below) and jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _listed(names: Iterable[Name]) -> str:
+    return listed(_states.shown(name) or "its one array" for name in names)
+
+
+def _below(name: Name, prefixes: Iterable[Name]) -> bool:
+    return any(name[: len(prefix)] == prefix for prefix in prefixes)
+
+
+# --- Move -------------------------------------------------------------------------------------------------
+
+
+def _moved(move: Move, number: Any) -> Any:
+    """The new array, in a buffer of its own, with the dtype and the sharding of the old one."""
+    x = move.array
+    if not move.sources:
+        return _placement.place_like(x, x) if hasattr(x, "dtype") else x
+    (value,) = move.sources
+    if move.slot:
+        value = _storage.recode(value, x.dtype, number, f"carry_over.{move.slot}")
+    if not hasattr(x, "dtype"):
+        return value
+    alike = getattr(value, "dtype", None) == x.dtype
+    return _placement.place_like(value if alike else jnp.asarray(value, x.dtype), x)
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)

@@ -1,0 +1,371 @@
+"""What an optimizer's state holds, in any wrapper: one walk that finds it, and one that replaces it.
+
+Accumulators come out in our terms, whichever RMSProp made them: ν is a variance if there is a mean beside it, and the
+buffer is that of p ← p - b. A parameter has the same name with and without the box in which Flax keeps an array.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.tree_util import DictKey, GetAttrKey, keystr, SequenceKey, tree_flatten_with_path, tree_map_with_path
+
+from . import _storage
+from ._rmsprop import RMSPropState
+from ._text import listed, repeated
+
+
+__all__ = [
+    "Accumulators",
+    "Contents",
+    "Key",
+    "Name",
+    "Path",
+    "arrays_of",
+    "contents_of",
+    "equal",
+    "find",
+    "is_masked",
+    "is_optax_chain",
+    "name_of",
+    "one_tree",
+    "replace",
+    "second_moment",
+    "shared_keys",
+    "shown",
+    "slots_of",
+    "variance",
+]
+
+Path = tuple[Any, ...]  # keys of jax.tree_util, from the top of a state
+Name = tuple[str, ...]  # the keys on the way to a parameter, as texts: the same in a dict, a list, and a module
+
+# What the dialects call it.
+LEARNING_RATES = ("learning_rate", "lr", "eta", "learningRate")
+
+
+def find(state: Any, is_node: Callable[[Any], bool]) -> dict[Path, Any]:
+    """The nodes of a state that `is_node` accepts, by their paths."""
+    found, _ = tree_flatten_with_path(_without_dict_boxes(state), is_leaf=is_node)
+    return {path: x for path, x in found if is_node(x)}
+
+
+def replace(state: Any, values: Mapping[Path, Any]) -> Any:
+    """The state with other nodes or arrays at these paths. An array goes into the box that is there."""
+
+    def new(path: Path, x: Any) -> Any:
+        if path not in values:
+            return x
+        return jax.tree.map(lambda _: values[path], x) if _is_box(x) else values[path]
+
+    return tree_map_with_path(new, state, is_leaf=lambda path, _: path in values, is_leaf_takes_path=True)
+
+
+class Accumulators(NamedTuple):
+    """The accumulators of one parameter, in our terms; None where its group has no such slot."""
+
+    nu: Any
+    mu: Any = None
+    trace: Any = None
+
+
+class Key(NamedTuple):
+    """Which array of which wrapper it is, wherever the wrapper lies."""
+
+    kind: type | None  # of the innermost record around the array, such as optax.EmaState
+    field: str  # of that record
+    below: Name  # from there to the array, as the name of a parameter
+    side: frozenset[str]  # of RMSProp's state: "in front", "behind", "around", or "beside" in another group
+
+    @property
+    def counts_updates(self) -> bool:
+        """Whether the array is the number of updates so far."""
+        return (self.kind, self.field) in _update_counters()
+
+    @property
+    def is_injected(self) -> bool:
+        """Whether the array is a hyperparameter of optax.inject_hyperparams."""
+        return self.field == "hyperparams" and self.kind in _injections()
+
+
+class Contents(NamedTuple):
+    """What a state holds, by paths in it. Arrays are without Flax's boxes."""
+
+    states: dict[Path, Any]  # of RMSProp, ours or Optax's
+    arrays: dict[Path, Any]  # of everything around them
+    keys: dict[Path, Key]  # of these arrays
+    records: set[tuple[type, frozenset[str]]]  # kinds of wrappers and their sides, also of those without arrays
+
+    def accumulators(self) -> dict[Name, Accumulators]:
+        """The accumulators of each parameter."""
+        found = [(path, name, x) for path, node in self.states.items() for name, x in _accumulators(node).items()]
+        for twice in repeated(name for _, name, _ in found):
+            places = [keystr(path) or "top" for path, name, _ in found if name == twice]
+            raise ValueError(
+                f"{len(places)} accumulators for nu{shown(twice)}: {listed(places)}. Pass the state of one of them"
+            )
+        return {name: x for _, name, x in found}
+
+    def masked(self) -> set[Name]:
+        """Parameters, or subtrees of them, that the states of RMSProp leave to others."""
+        found = [arrays_of(nu_of(node)) for node in self.states.values()]
+        return {name for arrays in found for name, x in arrays.items() if is_masked(x)}
+
+    def counts(self, at: Path) -> list[Any]:
+        """Updates that a state of RMSProp has made: its own count or, if it has none, those of the nearest wrappers."""
+        if own := [x for _, slot, _, x in slots_of(self.states[at]) if slot == "count"]:
+            return own[:1]
+        depths = {path: shared_keys(path, at) for path, key in self.keys.items() if key.counts_updates}
+        return [self.arrays[path] for path, depth in depths.items() if depth == max(depths.values())]
+
+    def learning_rates(self) -> dict[Path, Any]:
+        """The injected learning rates."""
+        rates = {(name,) for name in LEARNING_RATES}
+        return {path: self.arrays[path] for path, key in self.keys.items() if key.is_injected and key.below in rates}
+
+
+def contents_of(state: Any, whole: bool = True) -> Contents:
+    """Takes a state apart. `whole`: a tuple that could be the state of optax.rmsprop is one."""
+    state = _without_dict_boxes(state)
+    is_node = functools.partial(_is_rmsprop, whole=whole)
+    states = find(state, is_node)
+    contents = Contents(states, {}, {}, set())
+    nus = [nu_of(node) for node in states.values()]
+    of_params = {kind for nu in nus for _, _, records in _walk(nu, is_masked) for _, kind in records}
+    for path, x, records in _walk(state, is_node):
+        side = _side(path, states)
+        if _is_record(x):
+            contents.records.add((type(x), side))
+        elif path not in states:
+            outside = [(depth, kind) for depth, kind in records if kind not in of_params]
+            contents.arrays[path] = _unboxed(x)
+            contents.keys[path] = Key(*_owner(path, outside, states), side)
+    return contents
+
+
+# --- A state of RMSProp -----------------------------------------------------------------------------------
+
+
+def slots_of(node: Any) -> Iterator[tuple[Path, str, Name, Any]]:
+    """The arrays of a state of RMSProp: the path in it, the slot, the parameter's name, and the array."""
+    above = 1 if type(node) is tuple else 0
+    for path, x in tree_flatten_with_path(node, is_leaf=_is_leaf)[0]:
+        yield path, path[above].name, name_of(path[above + 1 :]), _unboxed(x)
+
+
+def names_of(node: Any) -> set[Name]:
+    """The parameters that have accumulators in a state of RMSProp."""
+    return {name for name, x in arrays_of(nu_of(node)).items() if not is_masked(x)}
+
+
+def nu_of(node: Any) -> Any:
+    """ν of a state of RMSProp, as a tree like the parameters."""
+    return node[0].nu if type(node) is tuple else node.nu
+
+
+def is_ours(node: Any) -> bool:
+    """Whether a state of RMSProp is ours, and not Optax's."""
+    return isinstance(node, RMSPropState)
+
+
+def is_optax_chain(x: Any) -> bool:
+    """Whether this is a chain of the three parts of optax.rmsprop, of which the first may be ours."""
+    return _is_triple(x, (RMSPropState, *_second_moments()), (optax.TraceState,)) and (
+        getattr(x[0], "trace", None) is None
+    )
+
+
+def _is_rmsprop(x: Any, whole: bool = True) -> bool:
+    """Whether this is a state of ours, or of optax.scale_by_rms, optax.scale_by_stddev or optax.rmsprop.
+
+    The state of optax.rmsprop is a tuple of three, which a chain of the same three parts has as well. Without
+    `whole` only its first part counts.
+    """
+    if isinstance(x, (RMSPropState, *_second_moments())):
+        return True
+    return whole and _is_triple(x, _second_moments(), (optax.EmptyState, optax.TraceState))
+
+
+def _is_triple(x: Any, first: tuple[type, ...], last: tuple[type, ...]) -> bool:
+    parts = first, (optax.EmptyState, optax.ScaleByScheduleState), last
+    return type(x) is tuple and len(x) == 3 and all(map(isinstance, x, parts))
+
+
+def _accumulators(node: Any) -> dict[Name, Accumulators]:
+    columns: dict[str, dict[Name, Any]] = {slot: {} for slot in RMSPropState._fields}
+    for _, slot, name, x in slots_of(node):
+        columns[slot][name] = x
+    found = {
+        name: Accumulators(*(columns[slot].get(name) for slot in Accumulators._fields))
+        for name, x in columns["nu"].items()
+        if not is_masked(x)
+    }
+    return found if is_ours(node) else {name: _from_optax(x) for name, x in found.items()}
+
+
+def _from_optax(theirs: Accumulators) -> Accumulators:
+    wide = [None if x is None else jnp.asarray(x, _storage.compute_dtype(x.dtype)) for x in theirs]
+    nu, mu, trace = wide[0].real, *wide[1:]  # there, nu is complex for a complex parameter, and its imaginary part zero
+    return Accumulators(nu if mu is None else variance(nu, mu), mu, None if trace is None else -trace)
+
+
+def variance(second: Any, mean: Any) -> Any:
+    """E[g²] - |E[g]|²."""
+    return (abs(second) - abs(mean) ** 2).clip(0)
+
+
+def second_moment(nu: Any, mu: Any) -> Any:
+    """The reverse of `variance`, from accumulators as a state keeps them."""
+    return _storage.decode(nu) + abs(_storage.decode(mu)) ** 2
+
+
+@functools.cache  # at first use: importing must not compute anything
+def _second_moments() -> tuple[type, ...]:
+    """The states of Optax that have a second moment. It does not export all of them."""
+    transformations = [optax.scale_by_rms, optax.scale_by_stddev]
+    return tuple(type(make(bias_correction=flag).init(())) for make in transformations for flag in (False, True))
+
+
+# --- Parameters by name, and boxes ------------------------------------------------------------------------
+
+
+def name_of(path: Path) -> Name:
+    """The name of a parameter, from its path in any tree."""
+    return tuple(keystr((key,), simple=True) for key in path)
+
+
+def shown(name: Name) -> str:
+    """A name in an error, such as ['layer']['kernel']."""
+    return keystr(tuple(map(DictKey, name)))
+
+
+def arrays_of(tree: Any) -> dict[Name, Any]:
+    """The arrays of a tree like the parameters, by name. A masked subtree is one of them."""
+    return {name_of(path): _unboxed(x) for path, x in tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]}
+
+
+def is_masked(x: Any) -> bool:
+    """Whether another group, or nobody, has the parameters of this subtree."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def one_tree(trees: Iterable[Any], value: Callable[[Name], Any]) -> Any:
+    """One tree with these values, of the trees of groups: each is masked where another has the parameters."""
+
+    def merged(tree: Any, other: Any) -> Any:
+        holes = {name for name, x in arrays_of(other).items() if is_masked(x)}
+        return tree_map_with_path(
+            lambda _, x, y: y if is_masked(x) else x,
+            tree,
+            other,
+            is_leaf=lambda path, x: _is_leaf(x) or name_of(path) in holes,
+            is_leaf_takes_path=True,
+        )
+
+    whole = functools.reduce(merged, trees)
+    return tree_map_with_path(lambda path, x: x if is_masked(x) else value(name_of(path)), whole, is_leaf=_is_leaf)
+
+
+def _is_leaf(x: Any) -> bool:
+    return is_masked(x) or _is_box(x)
+
+
+def _is_box(x: Any) -> bool:
+    """Whether Flax keeps one array in this: a variable of NNX, or a partitioned array of Linen."""
+    if isinstance(x, (tuple, list, dict, jax.Array, np.ndarray)):
+        return False
+    children, _ = tree_flatten_with_path(x, is_leaf=lambda child: child is not x)
+    return [path for path, _ in children] == [(GetAttrKey("value"),)] and jax.tree_util.all_leaves([children[0][1]])
+
+
+def _unboxed(x: Any) -> Any:
+    return jax.tree.leaves(x)[0] if _is_box(x) else x
+
+
+def _without_dict_boxes(state: Any) -> Any:
+    """The state without {"value": array} around each array, as Orbax restores NNX's boxes without a target."""
+    if not all(path[-1:] == (DictKey("value"),) for path, _ in tree_flatten_with_path(state)[0]):
+        return state  # here a "value" is a parameter that somebody calls so
+    is_box = lambda x: isinstance(x, Mapping) and x.keys() == {"value"} and jax.tree_util.all_leaves(x.values())  # noqa: E731
+    return jax.tree.map(lambda x: x["value"] if is_box(x) else x, state, is_leaf=is_box)
+
+
+# --- Wrappers ---------------------------------------------------------------------------------------------
+
+
+Records = tuple[tuple[int, type], ...]  # records on the way to a node, with their depths
+
+
+def _walk(
+    tree: Any, is_node: Callable[[Any], bool], path: Path = (), records: Records = ()
+) -> Iterator[tuple[Path, Any, Records]]:
+    """The nodes, records and other arrays of a tree, each with its path and with the records on the way to it."""
+    if _is_record(tree) and not is_node(tree):
+        yield path, tree, records
+        records = (*records, (len(path), type(tree)))
+    is_leaf = lambda x: is_node(x) or _is_box(x) or (x is not tree and _is_record(x))  # noqa: E731
+    for below, x in tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
+        if below and _is_record(x) and not is_node(x):
+            yield from _walk(x, is_node, path + below, records)
+        else:
+            yield path + below, x, records
+
+
+def _is_record(x: Any) -> bool:
+    """Whether this is a node with named fields, as the states of most wrappers are."""
+    named = isinstance(x, tuple) and hasattr(x, "_fields")
+    return (named or dataclasses.is_dataclass(x)) and not _is_box(x)
+
+
+def _owner(path: Path, records: Sequence[tuple[int, type]], states: Iterable[Path]) -> tuple[type | None, str, Name]:
+    """The innermost record around an array, its field, and the name from there."""
+    shared = max((shared_keys(path, state) for state in states), default=0)
+    depth, kind = max(records, default=(-1, None), key=lambda record: record[0])
+    if kind is None or depth < shared:  # a state without a record, as in a chain of plain dicts
+        return None, "", name_of(path[shared + 1 :])
+    return kind, path[depth].name, name_of(path[depth + 1 :])
+
+
+def _side(path: Path, states: Iterable[Path]) -> frozenset[str]:
+    """Where something lies, seen from the nearest states of RMSProp."""
+    shared = {state: shared_keys(path, state) for state in states}
+    nearest = max(shared.values(), default=0)
+    return frozenset(_direction(path[n : n + 1], state[n:]) for state, n in shared.items() if n == nearest)
+
+
+def _direction(mine: Path, theirs: Path) -> str:
+    """On which side of `theirs` a path continues after what the two share."""
+    if mine and isinstance(mine[0], SequenceKey):
+        return "in front" if mine[0].idx < theirs[0].idx else "behind"
+    return "beside" if mine and not isinstance(mine[0], GetAttrKey) else "around"
+
+
+def shared_keys(path: Path, other: Path) -> int:
+    """How many keys two paths share before they part."""
+    return next((i for i, (x, y) in enumerate(zip(path, other, strict=False)) if x != y), min(len(path), len(other)))
+
+
+@functools.cache
+def _injections() -> tuple[type, ...]:
+    states = [optax.inject_hyperparams(optax.sgd)(rate).init(()) for rate in (0.1, optax.constant_schedule(0.1))]
+    return optax.InjectHyperparamsState, *map(type, states)
+
+
+@functools.cache
+def _update_counters() -> frozenset[tuple[type, str]]:
+    """The fields of Optax's wrappers that count updates. It does not export all of their types."""
+    injected: Any = optax.inject_hyperparams(optax.sgd)(optax.constant_schedule(0.1)).init(())
+    schedule = type(injected.hyperparams_states["learning_rate"])
+    counts = [(kind, "count") for kind in (*_injections(), schedule, optax.ScaleByScheduleState)]
+    return frozenset([*counts, (optax.MultiStepsState, "gradient_step")])
+
+
+def equal(x: Any, y: Any) -> bool:
+    """Whether two values are equal, as far as they may be looked at."""
+    return isinstance(x, Tracer) or isinstance(y, Tracer) or np.array_equal(x, y)

@@ -1,0 +1,934 @@
+"""carry_over: from one state into another, with other options, in other wrappers, of Optax, of Flax."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import resume
+from flax import nnx
+from flax.training.train_state import TrainState
+from interop_helpers import assert_own_buffers, buffers
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from resume import difference, END, limit, ORIGIN, RATES, STOP
+
+from rmsprop_jax import carry_over, interop, rmsprop, RMSPropState, round_params_stochastically, scale_by_rms
+
+
+pytestmark = pytest.mark.usefixtures("users_climate")  # Optax and Flax mix dtypes and ranks
+
+PARAMS = {
+    "body": {"kernel": jnp.arange(6.0).reshape(2, 3) / 7, "bias": jnp.ones(3)},
+    "head": jnp.full(4, 0.3, jnp.float32),
+}
+LABELS = {"body": "a", "head": "b"}
+OTHER_LABELS = {"body": "y", "head": "x"}
+EVERY_SLOT = {"momentum": 0.9, "centered": True, "eps": 1e-3}
+
+
+def types(tree):
+    """Shapes, dtypes and, on Explicit meshes, shardings."""
+    return jax.tree.map(jax.typeof, tree)
+
+
+def trained(tx, params=PARAMS, steps=3):
+    state = tx.init(params)
+    for _ in range(steps):
+        _, state = tx.update(params, state, params)
+    return state
+
+
+def carried(old, new, params=PARAMS, steps=3):
+    state = trained(old, params, steps)
+    return state, carry_over(state, new.init(params))
+
+
+def accumulating(tx, steps=3):
+    return optax.MultiSteps(tx, steps).gradient_transformation()
+
+
+# --- The run goes on ----------------------------------------------------------------------------------------
+
+
+def schedule(count):
+    return 1e-2 / (1 + jnp.asarray(count, jnp.float32) / 50)
+
+
+def wrapped(make):
+    """The wrappers that people keep an optimizer in."""
+    tx = make(schedule, **EVERY_SLOT)
+    leaves = {"body": {"kernel": "a", "bias": "b"}, "head": "b"}
+    return {
+        "bare": tx,
+        "chain": optax.chain(optax.clip(10.0), tx),
+        "inject_hyperparams": optax.inject_hyperparams(make)(learning_rate=schedule, **EVERY_SLOT),
+        "MultiSteps": accumulating(tx, 1),
+        "apply_if_finite": optax.apply_if_finite(tx, 3),
+        "masked": optax.masked(tx, {"body": True, "head": True}),
+        "a group per subtree": optax.partition({"a": tx, "b": tx}, LABELS),
+        "a group per leaf": optax.partition({"a": tx, "b": tx}, leaves),
+        "all at once": optax.chain(
+            optax.clip(10.0),
+            accumulating(optax.inject_hyperparams(make)(learning_rate=schedule, **EVERY_SLOT), 1),
+        ),
+    }
+
+
+EVERY_TX = {
+    (whose, name): tx
+    for whose, make in (("ours", rmsprop), ("Optax's", optax.rmsprop))
+    for name, tx in wrapped(make).items()
+}
+
+
+@functools.cache
+def runner(key):
+    tx = EVERY_TX[key]
+
+    def step(carry, t):
+        params, state = carry
+        wave = 0.05 * jnp.sin(t.astype(jnp.float32))
+        grads = jax.tree.map(lambda p: p * (1 + 2 * wave) + wave, params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.jit(lambda params, state, ts: jax.lax.scan(step, (params, state), ts)[0])
+
+
+@functools.cache
+def half_way(key):
+    """Parameters and state after 100 steps, and parameters after 200."""
+    params, state = runner(key)(PARAMS, EVERY_TX[key].init(PARAMS), jnp.arange(100))
+    return params, state, runner(key)(params, state, jnp.arange(100, 200))[0]
+
+
+def largest(tree, other):
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), tree, other)))
+
+
+PAIRS = [(a, b) for a in EVERY_TX for b in EVERY_TX if "ours" in (a[0], b[0])]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda key: ", ".join(key))
+def test_a_run_goes_on_in_another_wrapper(source, target):
+    params, state, end = half_way(source)
+    into = EVERY_TX[target].init(params)
+    result = carry_over(state, into)
+    assert types(result) == types(into)
+    assert_own_buffers(result, state, into)
+    resumed, _ = runner(target)(params, result, jnp.arange(100, 200))
+    afresh, _ = runner(target)(params, into, jnp.arange(100, 200))
+    way = largest(end, params)
+    assert largest(resumed, end) / way < 2e-6  # Optax's E[g²] - E[g]² rounds
+    assert largest(afresh, end) / way > 0.1
+
+
+OPTIONS = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True, "initial_scale": 1.0},
+    {"centered": True},
+    {"centered": True, "momentum": 0.9, "eps_in_sqrt": False},
+    {"bias_correction": True, "momentum": 0.9},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_run_of_optax_is_resumed_and_goes_back(options):
+    accepted = limit("optax", options)
+    options = {"eps": resume.EPS} | options
+    ours, theirs = (f(lambda count: jnp.asarray(RATES)[count], **options) for f in (rmsprop, optax.rmsprop))
+    middle, state = resume.run_transformation(theirs, theirs.init(ORIGIN), ORIGIN, 0, STOP)
+    whole, _ = resume.run_transformation(theirs, theirs.init(ORIGIN), ORIGIN, 0, END)
+    end, _ = resume.run_transformation(ours, carry_over(state, ours.init(middle)), middle, STOP, END)
+    assert difference(end, whole) < accepted
+    middle, state = resume.run_transformation(ours, ours.init(ORIGIN), ORIGIN, 0, STOP)
+    back, _ = resume.run_transformation(theirs, carry_over(state, theirs.init(middle)), middle, STOP, END)
+    assert difference(back, whole) < accepted
+
+
+def test_half_precision_and_complex_parameters_of_optax():
+    params = {"w": jnp.ones(3, jnp.bfloat16), "z": jnp.ones(2, jnp.complex64)}
+    for theirs, ours in (
+        (optax.scale_by_rms(), scale_by_rms()),
+        (optax.rmsprop(0.1, momentum=0.9, centered=True), rmsprop(0.1, momentum=0.9, centered=True)),
+    ):
+        state, there = carried(theirs, ours, params, steps=1)
+        assert types(there) == types(ours.init(params))
+        back = carry_over(there, theirs.init(params))
+        assert types(back) == types(state)
+        chex.assert_trees_all_close(back, state, rtol=0.01)
+
+
+# --- Other options ------------------------------------------------------------------------------------------
+
+
+def test_groups_of_different_options():
+    mixed, theirs = (
+        optax.partition({"a": make(schedule, momentum=0.9), "b": make(schedule, centered=True)}, LABELS)
+        for make in (rmsprop, optax.rmsprop)
+    )
+    state, same = carried(mixed, mixed)
+    chex.assert_trees_all_equal(same, state)
+    whole = carry_over(state, rmsprop(0.1, momentum=0.9, centered=True).init(PARAMS))
+    assert (whole.mu["body"]["bias"] == 0).all()
+    assert (whole.trace["head"] == 0).all()
+    chex.assert_trees_all_equal(carry_over(whole, mixed.init(PARAMS)), state)
+    again = carry_over(carry_over(state, theirs.init(PARAMS)), mixed.init(PARAMS))
+    chex.assert_trees_all_close(again, state, rtol=1e-5, atol=1e-7)
+
+
+def test_a_dropped_mean_goes_back_into_the_second_moment():
+    state, there = carried(rmsprop(0.1, centered=True), rmsprop(0.1))
+    expected = jax.tree.map(lambda nu, mu: nu + mu**2, state.nu, state.mu)
+    chex.assert_trees_all_close(there.nu, expected, rtol=1e-6)
+    chex.assert_trees_all_close(there.nu, trained(rmsprop(0.1)).nu, rtol=1e-5)
+
+
+def test_random_bits_of_a_narrow_state_differ_by_slot_and_by_count():
+    """Rounded without bias, and the roundings of two slots, and of two counts, are not the same."""
+    x = jnp.full(40_000, 1.0 + 2.0**-10)
+    into = rmsprop(0.1, centered=True, momentum=0.9, state_dtype=jnp.bfloat16).init(x)
+    one, two = (carry_over(RMSPropState(jnp.int32(count), x, x, x), into) for count in (1, 2))
+    for slot in (one.nu, one.mu, one.trace, two.nu):
+        up = np.asarray(slot, np.float32) > 1
+        assert abs(up.mean() - 1 / 8) < 0.01  # a bfloat16 above 1 is 1 + 2⁻⁷
+    for slot in (one.mu, one.trace, two.nu):
+        assert 0.1 < np.mean(np.asarray(slot != one.nu)) < 0.34  # 2/8 · 7/8 of independent bits
+
+
+def test_groups_of_one_byte_become_one_state():
+    """What only one group has is zero in the others, not the number of code 0."""
+    lean = {"state_dtype": jnp.uint8}
+    tx = optax.partition({"a": rmsprop(0.1, momentum=0.9, **lean), "b": rmsprop(0.1, centered=True, **lean)}, LABELS)
+    arrays = dict(interop.to_keras(trained(tx), lambda tree: {"head": tree["head"], "bias": tree["body"]["bias"]}))
+    assert set(arrays) == {"iteration"} | {
+        f"{n}_{s}" for n in ("head", "bias") for s in ("velocity", "momentum", "average_gradient")
+    }
+    assert (arrays["head_momentum"] == 0).all()
+    assert (arrays["bias_average_gradient"] == 0).all()
+    assert (arrays["bias_velocity"] > 0).all()
+
+
+def test_shapes_are_enough_where_nothing_else_is_needed():
+    lean = rmsprop(0.1, momentum=0.9, state_dtype=jnp.uint8)
+    state = trained(rmsprop(0.1))
+    for into in (jax.eval_shape(lean.init, PARAMS), lean.init(PARAMS)):
+        there = carry_over(state, into)
+        assert types(there) == types(lean.init(PARAMS))
+        assert all((x == 0).all() for x in jax.tree.leaves(there.trace))
+    injected = jax.eval_shape(optax.inject_hyperparams(rmsprop)(learning_rate=0.1).init, PARAMS)
+    with pytest.raises(ValueError, match=r"`into` has only the shape of \.hyperparams\['decay'\], and state has no"):
+        carry_over(state, injected)
+    new = jax.eval_shape(rmsprop(0.1).init, PARAMS | {"new": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"`into` has only the shape of \.nu\['new'\]"):
+        carry_over(state, new, allow_new=True)
+
+
+# --- What wrappers hold -------------------------------------------------------------------------------------
+
+
+def test_what_a_wrapper_holds_is_kept():
+    def wrapped_twice(tx):
+        return optax.apply_if_finite(accumulating(tx), 3)
+
+    old, new = wrapped_twice(rmsprop(0.1)), optax.chain(optax.clip(1.0), wrapped_twice(rmsprop(0.1, momentum=0.9)))
+    state = old.init(PARAMS)
+    for grads in (jax.tree.map(lambda p: p * jnp.nan, PARAMS), PARAMS, PARAMS, PARAMS, PARAMS):
+        _, state = old.update(grads, state, PARAMS)
+    after = carry_over(state, new.init(PARAMS))[1]
+    assert (after.total_notfinite, after.inner_state.mini_step, after.inner_state.gradient_step) == (1, 1, 1)
+    chex.assert_trees_all_equal(after.inner_state.acc_grads, PARAMS)
+    assert after.inner_state.inner_opt_state.count == 1
+
+
+def test_half_an_accumulation_that_has_no_place():
+    for make in (rmsprop, optax.rmsprop):
+        with pytest.raises(
+            ValueError, match=r"state also holds \.mini_step, gradients of half an update: `into` has no place"
+        ):
+            carried(accumulating(make(0.1)), rmsprop(0.1), steps=4)
+        carried(accumulating(make(0.1)), rmsprop(0.1), steps=3)  # between two updates nothing is lost
+    beside = optax.chain(rmsprop(0.1), accumulating(optax.identity()))  # not around RMSProp
+    with pytest.raises(ValueError, match=r"\.mini_step, gradients of half an update"):
+        carried(accumulating(rmsprop(0.1)), beside, steps=4)
+    inside, outside = optax.flatten(accumulating(rmsprop(0.1))), accumulating(optax.flatten(rmsprop(0.1)))
+    with pytest.raises(ValueError, match=r"state also holds \.acc_grads, gradients of half an update"):
+        carried(inside, outside, steps=4)
+    carried(inside, outside, steps=3)
+
+
+def test_hyperparameters_are_those_of_the_new_state():
+    old, new = (optax.inject_hyperparams(rmsprop)(learning_rate=r, momentum=0.9) for r in (0.5, 0.25))
+    state, there = carried(old, new)
+    assert there.hyperparams["learning_rate"] == 0.25
+    assert there.count == state.count == 3
+    chex.assert_trees_all_equal(there.inner_state, state.inner_state)
+
+
+def test_a_new_schedule_continues_from_the_count():
+    new = optax.chain(optax.inject_hyperparams(rmsprop)(schedule), optax.scale_by_schedule(schedule), optax.ema(0.9))
+    _, there = carried(rmsprop(0.1), new)
+    assert there[0].count == there[0].hyperparams_states["learning_rate"].count == there[1].count == 3
+    assert there[2].count == 0  # an average is new
+    assert carried(rmsprop(0.1), accumulating(rmsprop(0.1)))[1].gradient_step == 3
+
+
+def test_averages_that_would_be_lost_are_named():
+    with pytest.raises(ValueError, match=r"state also holds \[1\]\.ema\['body'\].*`into` has no place for it"):
+        carried(optax.chain(rmsprop(0.1), optax.ema(0.9)), rmsprop(0.1))
+    bf16 = jax.tree.map(jnp.bfloat16, PARAMS)
+    four_bytes = optax.chain(rmsprop(0.1), round_params_stochastically(keep_rest=True))
+    with pytest.raises(ValueError, match=r"state also holds \[1\]\.rest\['body'\]"):
+        carried(four_bytes, rmsprop(0.1), bf16)
+    carried(optax.chain(rmsprop(0.1), round_params_stochastically()), rmsprop(0.1), bf16)  # a number of an update
+
+
+def averages(*parts):
+    return optax.chain(*(optax.ema(0.9) if part == "ema" else rmsprop(0.1) for part in parts))
+
+
+def test_an_average_stays_on_its_side_of_rmsprop():
+    in_front, behind = averages("ema", "rmsprop"), averages("rmsprop", "ema")
+    state, there = carried(in_front, optax.chain(optax.clip(9.0), optax.ema(0.9), rmsprop(0.1)))
+    chex.assert_trees_all_equal(there[1:], state)
+    for old, new, place in ((in_front, behind, 0), (behind, in_front, 1)):
+        with pytest.raises(
+            ValueError,
+            match=rf"state also holds \[{place}\]\.ema.*same side of RMSProp's state\. To leave it .*, state\[{1 - place}\]",
+        ):
+            carried(old, new)
+        # As the error says: the average starts anew.
+        state = trained(old)
+        there = carry_over(state[1 - place], new.init(PARAMS))
+        assert there[1 - place].count == 0
+        chex.assert_trees_all_equal(there[place], state[1 - place])
+
+
+def test_averages_on_both_sides_are_not_exchanged():
+    both = averages("ema", "rmsprop", "ema")
+    state, there = carried(both, optax.apply_if_finite(both, 3))
+    chex.assert_trees_all_equal(there.inner_state, state)
+    assert not (state[0].ema["head"] == state[2].ema["head"]).all()
+    # One of two behind each other: which one would be a guess.
+    with pytest.raises(ValueError, match=r"state has 2 values for \[1\]\.ema\['head'\], which differ"):
+        carried(averages("rmsprop", "ema", "ema"), averages("rmsprop", "ema"))
+
+
+def test_another_optimizer_in_another_group():
+    old = optax.partition({"a": rmsprop(0.1), "b": optax.adam(0.1)}, LABELS)
+    state, there = carried(old, optax.apply_if_finite(old, 3))
+    chex.assert_trees_all_equal(there.inner_state, state)
+    with pytest.raises(ValueError, match=r"state also holds \.inner_states\['b'\].*\.mu\['head'\]"):
+        carried(old, optax.partition({"a": rmsprop(0.1), "b": optax.set_to_zero()}, LABELS))
+
+
+OTHERS = {
+    "monitor": lambda tx: optax.chain(tx, optax.monitor({"n": optax.tree.norm, "u": lambda u: u})),
+    "monitor of averages": lambda tx: optax.chain(
+        optax.monitor({"a": optax.measure_with_ema(lambda u: u["head"], decay=0.9), "n": optax.tree.norm}), tx
+    ),
+    "snapshot": lambda tx: optax.chain(tx, optax.snapshot("u", lambda u: u)),
+    "noise": lambda tx: optax.chain(tx, optax.add_noise(0.1, 0.5, jax.random.key(3))),
+    "noise, an old key": lambda tx: optax.chain(tx, optax.add_noise(0.1, 0.5, 3)),
+    "DoG": lambda tx: optax.chain(tx, optax.contrib.dog()),
+    "prodigy": lambda tx: optax.chain(tx, optax.contrib.prodigy()),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1),
+    "mechanize": optax.contrib.mechanize,
+    "sam": lambda tx: optax.contrib.sam(tx, optax.sgd(0.1)),
+    "apply_every": lambda tx: optax.chain(tx, optax.apply_every(3)),
+    "skip_not_finite": lambda tx: optax.MultiSteps(
+        tx, 2, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step, **_: step > 1),
+    "zero_nans": lambda tx: optax.chain(optax.zero_nans(), tx),
+    "named_chain": lambda tx: optax.named_chain(("before", optax.ema(0.9)), ("rms", tx), ("after", optax.trace(0.5))),
+    "nested chains": lambda tx: optax.chain(optax.chain(optax.ema(0.9), optax.chain(tx)), optax.chain(optax.ema(0.5))),
+    "MultiSteps in a group": lambda tx: optax.partition({"a": accumulating(tx, 2), "b": tx}, LABELS),
+    "injection in a group": lambda tx: optax.partition(
+        {"a": optax.chain(tx, optax.inject_hyperparams(optax.scale)(0.5)), "b": optax.chain(tx, optax.ema(0.9))}, LABELS
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", OTHERS.values(), ids=OTHERS)
+def test_a_fresh_state_of_the_same_kind_takes_everything(wrap):
+    tx = wrap(rmsprop(0.1, momentum=0.9))
+    state, there = carried(tx, tx)
+    assert jax.tree.structure(there) == jax.tree.structure(tx.init(PARAMS))
+    assert_own_buffers(there, state)
+    expected, _ = tx.update(PARAMS, state, PARAMS)
+    updates, _ = tx.update(PARAMS, there, PARAMS)
+    chex.assert_trees_all_equal(updates, expected)
+    # Also one link further back in a chain.
+    outer = optax.chain(optax.clip(1e9), tx)
+    updates, _ = outer.update(PARAMS, carry_over(state, outer.init(PARAMS)), PARAMS)
+    chex.assert_trees_all_equal(updates, expected)
+
+
+# --- Wrappers of one's own ----------------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """A tree like the parameters, None where it has nothing, as round_params_stochastically has it."""
+
+    step: jax.Array
+    rest: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class KeptAsDataclass:
+    step: jax.Array
+    rest: Any
+
+
+def keeping(kind, rest=True):
+    def init(params):
+        tree = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int8) if p.ndim > 1 else None, params)
+        return kind(step=jnp.zeros((), jnp.int32), rest=tree if rest else None)
+
+    def update(updates, state, params=None):
+        step, rest = (state["step"], state["rest"]) if kind is dict else (state.step, state.rest)
+        return updates, kind(step=step + 1, rest=jax.tree.map(lambda x: x + 1, rest))
+
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize("kind", [Kept, KeptAsDataclass, dict])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda *parts: optax.chain(*parts),
+        lambda *parts: optax.chain(optax.clip(9.0), *parts),
+        lambda *parts: optax.chain(optax.apply_if_finite(parts[0], 3), *parts[1:]),
+        lambda *parts: optax.masked(optax.chain(*parts), {"body": True, "head": True}),
+    ],
+    ids=["chain", "longer chain", "wrapped inside", "wrapped outside"],
+)
+def test_a_wrapper_of_one_s_own(kind, wrap):
+    def rests(state):
+        return [np.asarray(x) for x in jax.tree.leaves(state) if x.dtype == jnp.int8]
+
+    def is_step(path):
+        return getattr(path[-1], "name", getattr(path[-1], "key", None)) == "step"
+
+    def steps(state):
+        return [int(x) for path, x in jax.tree_util.tree_leaves_with_path(state) if is_step(path)]
+
+    old = optax.chain(rmsprop(0.1), keeping(kind))
+    _, there = carried(old, wrap(rmsprop(0.1), keeping(kind)))
+    assert steps(there) == [3]
+    assert (np.stack(rests(there)) == 3).all()
+    # What only the new one has starts as it does there. A field that is off there is left out.
+    _, there = carried(optax.chain(rmsprop(0.1), keeping(kind, rest=False)), wrap(rmsprop(0.1), keeping(kind)))
+    assert steps(there) == [3]
+    assert (np.stack(rests(there)) == 0).all()
+    if kind is not dict:
+        _, there = carried(old, wrap(rmsprop(0.1), keeping(kind, rest=False)))
+        assert steps(there) == [3]
+
+
+class Pair(NamedTuple):
+    policy: Any
+    value: Any
+
+
+def test_averages_of_parameters_in_named_tuples_are_told_apart():
+    params = Pair(jnp.ones(2), Pair(jnp.ones(3), jnp.ones(4)))
+    old = optax.chain(rmsprop(0.1), optax.ema(0.9), optax.trace(0.5))
+    new = optax.chain(rmsprop(0.1), optax.trace(0.5), optax.ema(0.9))
+    state, there = carried(old, new, params)
+    chex.assert_trees_all_equal(there, (state[0], state[2], state[1]))
+
+
+# --- Parameters that train no longer, or not yet --------------------------------------------------------------
+
+
+def test_freezing_and_unfreezing_by_groups():
+    frozen = optax.partition({"a": rmsprop(0.1), "b": optax.set_to_zero()}, LABELS)
+    state, there = carried(rmsprop(0.1), frozen)
+    chex.assert_trees_all_equal(there.inner_states["a"].inner_state.nu["body"], state.nu["body"])
+    # What was frozen has no average: it starts as it does in the new state.
+    back = carry_over(there, rmsprop(0.1, initial_scale=2.0).init(PARAMS))
+    assert (back.nu["head"] == 2).all()
+    chex.assert_trees_all_equal(back.nu["body"], state.nu["body"])
+    with pytest.raises(ValueError, match=r"no accumulators for \['head'\], which were masked"):
+        interop.to_keras(there, lambda tree: tree)
+    # With an average beside it: that of a parameter that is now frozen goes with it.
+    groups = {"a": optax.chain(rmsprop(0.1), optax.ema(0.9)), "b": optax.set_to_zero()}
+    state, there = carried(averages("rmsprop", "ema"), optax.partition(groups, LABELS))
+    chex.assert_trees_all_equal(there.inner_states["a"].inner_state[1].ema["body"], state[1].ema["body"])
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, accumulating, lambda tx: optax.chain(tx, optax.ema(0.9))])
+def test_new_parameters_start_as_they_are_in_the_new_state(wrap):
+    body, tx = {"body": PARAMS["body"]}, wrap(rmsprop(0.1, momentum=0.9, initial_scale=2.0))
+    state, into = trained(tx, body), tx.init(PARAMS)
+    with pytest.raises(ValueError, match=r"state has nothing for \['head'\]: with allow_new=True they start as they"):
+        carry_over(state, into)
+    there = carry_over(state, into, allow_new=True)
+    nu, trace = optax.tree.get(there, "nu"), optax.tree.get(there, "trace")
+    assert (nu["head"] == 2).all()
+    assert (trace["head"] == 0).all()
+    chex.assert_trees_all_equal(nu["body"], optax.tree.get(state, "nu")["body"])
+    chex.assert_trees_all_equal(trace["body"], optax.tree.get(state, "trace")["body"])
+    # It allows nothing else.
+    with pytest.raises(ValueError, match=r"`into` has no place for \['body'\]\['bias'\], \['body'\]\['kernel'\]"):
+        carry_over(state, tx.init({"head": PARAMS["head"]}), allow_new=True)
+    with pytest.raises(TypeError, match="allow_new=1 has type int"):
+        carry_over(state, into, allow_new=1)
+
+
+# --- Flax's boxes -------------------------------------------------------------------------------------------
+
+
+def boxes(momentum):
+    """One model's parameters, and its states of three steps, in each of the boxes in which Flax keeps arrays."""
+    tx = rmsprop(0.1, momentum=momentum)
+    plain = {"fc": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "value": {"value": jnp.ones(2)}}
+
+    class Head(nnx.Module):
+        def __init__(self):
+            self.value = nnx.Param(jnp.ones(2))
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.fc, self.value = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), Head()
+
+    optimizer = nnx.Optimizer(Model(), tx, wrt=nnx.Param)
+    ones = jax.tree.map(jnp.ones_like, nnx.state(optimizer_model := Model(), nnx.Param))
+    for _ in range(3):
+        optimizer.update(optimizer_model, ones)
+    partitioned = jax.tree.map(lambda p: nn.Partitioned(p, names=(None,) * p.ndim), plain)
+    dicts = jax.tree.map(lambda x: {"value": np.asarray(x)}, trained(tx, plain)._asdict())
+    return {
+        "plain": trained(tx, plain),
+        "NNX": optimizer.opt_state,
+        "Linen": trained(tx, partitioned),
+        "Orbax": RMSPropState(**dicts),  # NNX's state, restored without a target
+    }
+
+
+def test_paths_are_the_same_in_every_box():
+    states, others = boxes(0.9), boxes(None)
+    expected = {(slot, "/".join(k)): x for slot in ("nu", "trace") for k, x in named(getattr(states["plain"], slot))}
+    for old, state in states.items():
+        for new in ("plain", "NNX", "Linen"):
+            into = states[new]
+            there = carry_over(state, into)
+            assert jax.tree.structure(there) == jax.tree.structure(into)
+            assert [int(x) for x in jax.tree.leaves(there.count)] == [3]
+            found = {(slot, "/".join(k)): x for slot in ("nu", "trace") for k, x in named(getattr(there, slot))}
+            assert found.keys() == expected.keys(), (old, new)
+            for key, x in found.items():
+                np.testing.assert_array_equal(x, expected[key])
+            assert jax.tree.structure(carry_over(state, others[new])) == jax.tree.structure(others[new])
+
+
+def named(tree):
+    """Arrays by the keys on the way, without a box at the end."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        keys = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        yield keys[:-1] if isinstance(path[-1], jax.tree_util.GetAttrKey) else keys, x
+
+
+def test_flax_s_train_state_and_nnx_s_optimizer_go_on():
+    tx, new_tx = rmsprop(0.1), optax.chain(optax.clip(1.0), rmsprop(0.1, momentum=0.9))
+    train_state = TrainState.create(apply_fn=None, params=PARAMS, tx=tx).apply_gradients(grads=PARAMS)
+    moved = train_state.replace(tx=new_tx, opt_state=carry_over(train_state.opt_state, new_tx.init(PARAMS)))
+    assert moved.apply_gradients(grads=PARAMS).opt_state[1].count == 2
+
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    old, new = (nnx.Optimizer(model, t, wrt=nnx.Param) for t in (tx, new_tx))
+    grads = nnx.grad(lambda m: (m(jnp.ones((1, 2))) ** 2).sum())(model)
+    old.update(model, grads)
+    chex.assert_trees_all_equal(
+        nnx.jit(carry_over)(old.opt_state, new.opt_state), carry_over(old.opt_state, new.opt_state)
+    )
+    new.opt_state = carry_over(old.opt_state, new.opt_state)
+    kernels = [jax.tree.leaves(optax.tree.get(optimizer.opt_state, "nu")["kernel"]) for optimizer in (old, new)]
+    np.testing.assert_array_equal(*kernels)
+    new.update(model, grads)
+    assert jax.tree.leaves(new.opt_state[1].count) == [2]
+
+
+def test_half_an_accumulation_leaves_nnx():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    tx = accumulating(rmsprop(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    ones = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    for _ in range(4):
+        optimizer.update(model, ones)
+    plain = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    chex.assert_trees_all_close(carry_over(optimizer.opt_state, tx.init(plain)), trained(tx, plain, 4), rtol=1e-6)
+
+
+def test_a_checkpoint_of_a_framework_goes_into_nnx():
+    layers = nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 2, rngs=nnx.Rngs(1))])
+    optimizer = nnx.Optimizer(layers, rmsprop(0.1, momentum=0.9), wrt=nnx.Param)
+    arrays = {f"{i}.{name}.v": np.full(shape, i + 1.0) for i in (0, 1) for name, shape in (("w", (3, 2)), ("b", (3,)))}
+    arrays = {
+        name: x if name.startswith("0") else np.full(x.shape[::-1] if x.ndim > 1 else 2, 2.0)
+        for name, x in arrays.items()
+    }
+    kept = {name.removesuffix(".v"): x for name, x in arrays.items()}
+    nu = [{"kernel": kept[f"{i}.w"].T, "bias": kept[f"{i}.b"]} for i in (0, 1)]
+    optimizer.opt_state = carry_over(RMSPropState(np.int32(7), nu), optimizer.opt_state)
+    for i in (0, 1):
+        (kernel,) = jax.tree.leaves(optimizer.opt_state.nu[i]["kernel"])
+        assert (kernel == i + 1).all()
+    optimizer.update(layers, jax.tree.map(jnp.ones_like, nnx.state(layers, nnx.Param)))
+    assert jax.tree.leaves(optimizer.opt_state.count) == [8]
+
+
+# --- Errors -------------------------------------------------------------------------------------------------
+
+
+MISFITS = {
+    "shape": (
+        lambda p: rmsprop(0.1).init({**p, "head": jnp.ones(5)}),
+        r"\.nu\['head'\] has shape \(4,\) in state and \(5,\) in `into`",
+    ),
+    "new name": (lambda p: rmsprop(0.1).init({**p, "tail": jnp.ones(5)}), r"state has nothing for \['tail'\]"),
+    "lost name": (
+        lambda p: rmsprop(0.1).init({"head": p["head"]}),
+        r"`into` has no place for \['body'\]\['bias'\], \['body'\]\['kernel'\]: to leave them behind, mask them",
+    ),
+    "adam": (lambda p: optax.adam(0.1).init(p), r"no state of RMSProp in `into`, which is a tuple"),
+}
+
+
+@pytest.mark.parametrize(("into", "message"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_listed(into, message):
+    for state in (trained(rmsprop(0.1)), trained(optax.rmsprop(0.1))):
+        with pytest.raises(ValueError, match=message) as error:
+            carry_over(state, into(PARAMS))
+        assert len(str(error.value)) < 400
+    with pytest.raises(ValueError, match=message):  # also while tracing
+        jax.jit(carry_over)(state, into(PARAMS))
+
+
+FOREIGN = {
+    "adam": optax.adam(0.1),
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "adagrad": optax.adagrad(0.1),
+    "adam in a chain": optax.chain(optax.clip(1.0), optax.adamw(0.1)),
+    "nothing": optax.identity(),
+}
+
+
+@pytest.mark.parametrize("tx", FOREIGN.values(), ids=FOREIGN)
+def test_somebody_else_s_state_is_named(tx):
+    state = tx.init({f"layer{i}": jnp.ones((64, 64)) for i in range(50)})
+    with pytest.raises(ValueError, match="no state of RMSProp in this .*it holds (Scale|Trace|nothing)") as error:
+        carry_over(state, rmsprop(0.1).init(PARAMS))
+    assert len(str(error.value)) < 300
+
+
+def test_a_state_restored_as_a_dict_is_refused_with_the_way_out():
+    state, tx = trained(rmsprop(0.1)), rmsprop(0.1)
+    kept = {"opt_state": [{}, {**state._asdict(), "nu": dict(state.nu)}]}
+    with pytest.raises(ValueError, match=r"put RMSPropState\(\*\*state\['opt_state'\]\[1\]\) there"):
+        carry_over(kept, tx.init(PARAMS))
+    chex.assert_trees_all_equal(carry_over(RMSPropState(**kept["opt_state"][1]), tx.init(PARAMS)), state)
+
+
+def test_two_accumulators_for_one_parameter():
+    twice = optax.chain(optax.scale_by_rms(), optax.scale_by_rms())
+    with pytest.raises(ValueError, match=r"2 accumulators for nu\['body'\]\['bias'\]: \[0\], \[1\]"):
+        carried(twice, rmsprop(0.1))
+
+
+def test_a_buffer_is_not_exchanged_for_another_one():
+    """PyTorch's order has the trace before the rate: its buffer is another one than that of optax.rmsprop."""
+    order = lambda rms: optax.chain(rms(eps_in_sqrt=False), optax.trace(0.9), optax.scale_by_learning_rate(0.1))  # noqa: E731
+    theirs, ours = order(optax.scale_by_rms), order(scale_by_rms)
+    state, there = carried(theirs, ours)
+    chex.assert_trees_all_equal(there[1], state[1])
+    with pytest.raises(ValueError, match=r"state also holds \[1\]\.trace\['body'\].*: `into` has no place for it"):
+        carry_over(state, rmsprop(0.1, momentum=0.9).init(PARAMS))
+    for make in (rmsprop, optax.rmsprop):
+        state = trained(make(0.1, momentum=0.9))
+        with pytest.raises(
+            ValueError, match=r"has a momentum buffer of RMSProp, and `into` has optax.trace, \[1\]\.trace"
+        ):
+            carry_over(state, ours.init(PARAMS))
+        there = carry_over(carry_over(state, rmsprop(0.1).init(PARAMS)), ours.init(PARAMS))  # as the error says
+        assert (there[1].trace["head"] == 0).all()
+
+
+# --- optax.rmsprop, or a chain of the same parts ----------------------------------------------------------------
+
+
+CHAINS = {
+    "rate before the trace": lambda rms: (rms(0.9), optax.scale(-0.1), optax.trace(0.9)),
+    "schedule before the trace": lambda rms: (
+        rms(0.9),
+        optax.scale_by_learning_rate(optax.linear_schedule(0.1, 0.0, 9)),
+        optax.trace(0.9),
+    ),
+    "no trace": lambda rms: (rms(0.9), optax.scale(-0.1), optax.identity()),
+}
+
+
+@pytest.mark.parametrize("parts", CHAINS.values(), ids=CHAINS)
+def test_the_other_side_decides_whether_three_parts_are_a_chain(parts):
+    theirs, ours = optax.chain(*parts(optax.scale_by_rms)), optax.chain(*parts(scale_by_rms))
+    state, there = carried(theirs, ours)
+    back = carry_over(there, theirs.init(PARAMS))
+    chex.assert_trees_all_equal(back, state)
+    for (tx, s), (other, o) in (((theirs, state), (ours, there)), ((ours, there), (theirs, back))):
+        chex.assert_trees_all_close(other.update(PARAMS, o, PARAMS)[0], tx.update(PARAMS, s, PARAMS)[0], rtol=1e-6)
+    # The same parts are optax.rmsprop: so they may become our rmsprop.
+    momentum = 0.9 if isinstance(state[2], optax.TraceState) else None
+    there = carry_over(state, rmsprop(0.1, momentum=momentum).init(PARAMS))
+    assert (there.trace is None) == (momentum is None)
+    if momentum:
+        chex.assert_trees_all_equal(there.trace, jax.tree.map(jnp.negative, state[2].trace))
+        chex.assert_trees_all_equal(carry_over(there, theirs.init(PARAMS))[2], state[2])
+
+
+# --- Counts -------------------------------------------------------------------------------------------------
+
+
+def test_the_count_of_the_nearest_wrapper_that_counts():
+    """optax.rmsprop without a schedule does not count. Around it MultiSteps counts updates, and injection gradients."""
+    tx = optax.inject_hyperparams(lambda learning_rate: accumulating(optax.rmsprop(learning_rate)))(learning_rate=0.1)
+    state, there = carried(tx, rmsprop(0.1), steps=6)
+    assert (state.count, state.inner_state.gradient_step, there.count) == (6, 2, 2)
+    assert carried(optax.rmsprop(0.1), rmsprop(0.1))[1].count == 0
+
+
+def test_counts_that_are_equally_near_and_differ():
+    tx = optax.chain(optax.scale_by_rms(), *(optax.scale_by_schedule(lambda count: 1.0) for _ in range(2)))
+    state, into = tx.init(PARAMS), scale_by_rms().init(PARAMS)
+    two = (state[0], state[1]._replace(count=jnp.int32(3)), state[2]._replace(count=jnp.int32(4)))
+    with pytest.raises(ValueError, match=r"state has 2 values for \.count, which differ: 3, 4\. Give them one"):
+        carry_over(two, into)
+    assert carry_over(optax.tree.set(two, count=3), into).count == 3  # as the error says
+
+
+def in_group_b(state, **fields):
+    group = state.inner_states["b"]
+    new = group._replace(inner_state=optax.tree.set(group.inner_state, **fields))
+    return state._replace(inner_states={**state.inner_states, "b": new})
+
+
+def test_groups_that_have_counted_differently():
+    tx = optax.partition({"a": rmsprop(0.1), "b": rmsprop(0.1)}, LABELS)
+    state, into = trained(tx), rmsprop(0.1).init(PARAMS)
+    differ = in_group_b(state, count=7)
+    with pytest.raises(ValueError, match=r"state has 2 values for \.count, which differ: 3, 7\. Give them one"):
+        carry_over(differ, into)
+    assert carry_over(optax.tree.set(differ, count=7), into).count == 7  # as the error says
+    with pytest.raises(ValueError, match=r"the groups have different counts: 3, 7"):
+        interop.to_keras(differ, lambda tree: tree)
+    # In the same groups each keeps its own, also with other wrappers and other options.
+    groups = optax.apply_if_finite(
+        optax.partition({"x": rmsprop(0.1, centered=True), "y": rmsprop(0.1)}, OTHER_LABELS), 3
+    )
+    there = carry_over(differ, groups.init(PARAMS)).inner_state.inner_states
+    assert (there["y"].inner_state.count, there["x"].inner_state.count) == (3, 7)
+    # A traced value is never looked at.
+    assert jax.jit(lambda count: carry_over(in_group_b(state, count=count), into))(jnp.int32(3)).count == 3
+
+
+def test_schedules_of_groups_that_differ_are_not_guessed():
+    scheduled = lambda: optax.chain(optax.scale_by_schedule(lambda count: 1.0), optax.ema(0.9), rmsprop(0.1))  # noqa: E731
+    groups = optax.partition({"a": scheduled(), "b": scheduled()}, LABELS)
+    state, into = trained(groups), scheduled().init(PARAMS)
+    assert carry_over(state, into)[0].count == 3
+    inner = state.inner_states["b"].inner_state
+    state.inner_states["b"] = state.inner_states["b"]._replace(
+        inner_state=(inner[0]._replace(count=jnp.int32(5)), *inner[1:])
+    )
+    with pytest.raises(ValueError, match=r"state has 2 values for \[0\]\.count, which differ"):
+        carry_over(state, into)
+    same = carry_over(state, groups.init(PARAMS))  # in the same groups each keeps its own
+    assert [int(same.inner_states[label].inner_state[0].count) for label in "ab"] == [3, 5]
+
+
+# --- Many states, and one vector ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bfloat16], ids=["uint8", "bfloat16"])
+def test_vmapped_states_into_narrow_ones(dtype):
+    tx, narrow = rmsprop(0.1, momentum=0.9), rmsprop(0.1, momentum=0.9, state_dtype=dtype)
+    many = {"w": jax.random.normal(jax.random.key(0), (5, 64, 64)), "b": jnp.ones(5)}
+    _, state = jax.vmap(tx.update)(many, jax.vmap(tx.init)(many))
+    into = jax.vmap(narrow.init)(many)
+    there = carry_over(state, into)
+    assert types(there) == types(into)
+    back = carry_over(there, jax.vmap(tx.init)(many))
+    for slot in ("nu", "trace"):
+        mine, wide = getattr(back, slot)["w"], getattr(state, slot)["w"]
+        # Rounded, and right in the mean of each member.
+        assert not jnp.array_equal(mine, wide)
+        np.testing.assert_allclose(abs(mine).mean((1, 2)), abs(wide).mean((1, 2)), rtol=0.02)
+    jax.vmap(narrow.update)(many, there)
+    with pytest.raises(ValueError, match=r"\.count has shape \(5,\) in state and \(\) in `into`"):
+        carry_over(state, narrow.init({"w": many["w"][0], "b": many["b"][0]}))
+
+
+def test_vmapped_accumulations():
+    every, many = accumulating(rmsprop(0.1), 2), jnp.ones((3, 2))
+    into = jax.vmap(rmsprop(0.1).init)(many)
+    _, half = jax.vmap(every.update)(many, jax.vmap(every.init)(many), many)
+    with pytest.raises(ValueError, match="gradients of half an update"):
+        carry_over(half, into)
+    _, whole = jax.vmap(every.update)(many, half, many)
+    assert carry_over(whole, into).count.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_SLOT, {"momentum": 0.9, "state_dtype": jnp.uint8}], ids=str)
+def test_all_parameters_as_one_vector(options):
+    plain, flat = rmsprop(schedule, **options), optax.flatten(rmsprop(schedule, **options))
+    state, there = carried(plain, flat)
+    chex.assert_trees_all_equal(carry_over(there, plain.init(PARAMS)), state)
+    if "state_dtype" not in options:  # one byte rounds with bits of its own
+        chex.assert_trees_all_close(flat.update(PARAMS, there)[0], plain.update(PARAMS, state)[0], rtol=1e-6)
+    wide = carry_over(state, optax.flatten(rmsprop(schedule, momentum=0.9, centered=True)).init(PARAMS))
+    assert wide.nu.shape == wide.mu.shape == wide.trace.shape == (13,)
+    with pytest.raises(ValueError, match="do not fit"):
+        carry_over(state, flat.init({**PARAMS, "head": jnp.ones(5)}))
+
+
+def test_optax_s_state_of_one_vector():
+    theirs, ours = optax.flatten(optax.rmsprop(0.1, momentum=0.9)), rmsprop(0.1, momentum=0.9)
+    state, there = carried(theirs, ours)
+    chex.assert_trees_all_equal(carry_over(there, theirs.init(PARAMS)), state)
+
+
+# --- Odd states ---------------------------------------------------------------------------------------------
+
+
+def test_a_state_without_parameters():
+    for params in (None, {}, {"a": None}):
+        state = rmsprop(0.1).init(params)
+        there = carry_over(state._replace(count=jnp.int32(3)), rmsprop(0.1).init(params))
+        assert jax.tree.structure(there) == jax.tree.structure(state)
+        assert there.count == 3
+    assert carry_over(optax.rmsprop(0.1).init({}), rmsprop(0.1).init({})).nu == {}
+    with pytest.raises(ValueError, match=r"state has nothing for \['body'\]\['bias'\]"):
+        carry_over(rmsprop(0.1).init(None), rmsprop(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match=r"`into` has no place for \['head'\]"):
+        carry_over(rmsprop(0.1).init({"head": jnp.ones(2)}), rmsprop(0.1).init(None))
+
+
+def test_a_complex_buffer_does_not_become_real():
+    tx = rmsprop(0.1, momentum=0.9)
+    state = tx.init({"w": jnp.ones(2, jnp.complex64)})
+    with pytest.raises(ValueError, match=r"\.trace\['w'\] has dtype complex64 in state and float32 in `into`"):
+        carry_over(state, tx.init({"w": jnp.ones(2)}))
+    # Without a buffer there is nothing complex in it.
+    carry_over(rmsprop(0.1).init({"w": jnp.ones(2, jnp.complex64)}), rmsprop(0.1).init({"w": jnp.ones(2)}))
+
+
+def test_a_state_of_numpy_arrays():
+    """As pickled, or restored without JAX's arrays."""
+    state = trained(rmsprop(0.1, momentum=0.9))
+    there = carry_over(jax.tree.map(np.asarray, state), rmsprop(0.1, state_dtype=jnp.uint8).init(PARAMS))
+    assert there.nu["head"].dtype == jnp.uint8
+    assert there.count == 3
+    assert carry_over(state._replace(count=1), rmsprop(0.1).init(PARAMS)).count.dtype == jnp.int32
+
+
+# --- jit, meshes, donation ------------------------------------------------------------------------------------
+
+
+def scheduled(make):
+    return optax.chain(make(0.1), optax.scale_by_schedule(lambda count: 1.0))
+
+
+JITTED = {
+    "other options": (rmsprop(0.1, momentum=0.9, centered=True), rmsprop(0.1)),
+    "one byte": (rmsprop(0.1, momentum=0.9), rmsprop(0.1, momentum=0.9, state_dtype=jnp.uint8)),
+    "from one byte": (rmsprop(0.1, momentum=0.9, state_dtype=jnp.uint8), rmsprop(0.1, momentum=0.9)),
+    "schedules of groups into one": (
+        optax.partition({"a": scheduled(rmsprop), "b": scheduled(rmsprop)}, LABELS),
+        scheduled(rmsprop),
+    ),
+    "one into groups": (rmsprop(0.1), optax.partition({"a": rmsprop(0.1), "b": rmsprop(0.1)}, LABELS)),
+    "out of MultiSteps": (accumulating(rmsprop(0.1)), rmsprop(0.1)),
+    "into MultiSteps": (rmsprop(0.1), accumulating(rmsprop(0.1))),
+    "averages": (optax.chain(optax.ema(0.9), rmsprop(0.1)), optax.chain(optax.ema(0.9), rmsprop(0.1, momentum=0.9))),
+    "one vector": (rmsprop(0.1), optax.flatten(rmsprop(0.1))),
+    "from Optax": (optax.rmsprop(schedule, **EVERY_SLOT), rmsprop(schedule, **EVERY_SLOT)),
+    "to Optax": (rmsprop(schedule, **EVERY_SLOT), optax.rmsprop(schedule, **EVERY_SLOT, bias_correction=True)),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), JITTED.values(), ids=JITTED)
+def test_inside_jit_the_numbers_are_the_same(old, new):
+    state, into = trained(old), new.init(PARAMS)
+    expected = carry_over(state, into)
+    for function, arguments in (
+        (carry_over, (state, into)),
+        (lambda state: carry_over(state, into), (state,)),
+        (lambda into: carry_over(state, into), (into,)),
+    ):
+        result = jax.jit(function)(*arguments)
+        assert types(result) == types(into)
+        chex.assert_trees_all_close(result, expected, rtol=1e-6)
+        assert_own_buffers(result, state, into)
+
+
+def test_half_an_update_cannot_be_seen_inside_jit():
+    half, into = trained(accumulating(rmsprop(0.1)), steps=4), rmsprop(0.1).init(PARAMS)
+    assert jax.jit(carry_over)(half, into).count == 1
+
+
+def make(rms=rmsprop, **options):
+    """Wrappers in which one number stands in several places."""
+    tx = rms(lambda count: 0.1, momentum=0.9, **options)
+    return {
+        "bare": tx,
+        "bias correction": rms(lambda count: 0.1, momentum=0.9, bias_correction=True, **options),
+        "MultiSteps": accumulating(tx, 2),
+        "inject_hyperparams": optax.inject_hyperparams(rms)(learning_rate=lambda count: 0.1, momentum=0.9, **options),
+        "apply_if_finite": optax.apply_if_finite(tx, 3),
+        "partition": optax.partition({"a": tx, "b": tx}, LABELS),
+        "with averages": optax.chain(optax.ema(0.9), tx, optax.trace(0.5), round_params_stochastically()),
+        "all at once": accumulating(optax.apply_if_finite(optax.chain(tx, optax.ema(0.9)), 3), 2),
+    }
+
+
+@pytest.mark.parametrize("new", make())
+def test_what_is_carried_over_can_be_donated(new):
+    for from_, to in ((rmsprop, rmsprop), (optax.rmsprop, rmsprop), (rmsprop, optax.rmsprop)):
+        tx = make(to)[new]
+        donating = jax.jit(tx.update, donate_argnums=1)
+        for old, source in make(from_).items():
+            if ("average" in old + new and old != new) or ("all at once" in (old, new) and old != new):
+                continue  # an average has no place elsewhere
+            state, into = trained(source, steps=2), tx.init(PARAMS)
+            result = carry_over(state, into)
+            assert_own_buffers(result, PARAMS, state, into)
+            before = jax.tree.map(np.array, (state, into))
+            donating(PARAMS, result, PARAMS)
+            chex.assert_trees_all_equal(jax.tree.map(np.array, (state, into)), before)  # none was deleted
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_the_result_has_the_new_state_s_shardings(axis_type):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,), devices=jax.devices()[:4])
+    split = NamedSharding(mesh, P("x"))
+    params = {"w": jnp.arange(8.0)}
+    there = jax.device_put(params, {"w": split})
+    state = trained(rmsprop(0.1, momentum=0.9), params)
+    tx = rmsprop(0.1, momentum=0.9, state_dtype=jnp.uint8)
+    into = tx.init(there)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), into)
+    for target in (into, abstract):
+        result = carry_over(state, target)
+        assert len(buffers(result)) > 8
+        assert_own_buffers(result, state, into)
+        for slot in (result.nu, result.trace):
+            assert slot["w"].sharding.is_equivalent_to(split, 1)
