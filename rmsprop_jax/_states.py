@@ -210,7 +210,7 @@ def _accumulators(node: Any) -> dict[Name, Accumulators]:
 
 
 def _from_optax(theirs: Accumulators) -> Accumulators:
-    wide = [None if x is None else jnp.asarray(x, _storage.compute_dtype(x.dtype)) for x in theirs]
+    wide: list[Any] = [None if x is None else jnp.asarray(x, _storage.compute_dtype(x.dtype)) for x in theirs]
     nu, mu, trace = wide[0].real, *wide[1:]  # there, nu is complex for a complex parameter, and its imaginary part zero
     return Accumulators(nu if mu is None else variance(nu, mu), mu, None if trace is None else -trace)
 

@@ -171,16 +171,13 @@ FLOORS = [
     ["_bits", "_placement", "_checks", "_digits", "_equality", "_text"],
     ["_storage"],
     ["_pytree"],
-    ["_rmsprop", "_rounding", "_gradients"],
-    ["interop/_rows"],
-    ["interop/_carry"],
+    ["_rmsprop", "_gradients"],
+    ["_states"],
+    ["_carry", "_rounding"],
     ["interop/_arrays"],
     ["interop/_named"],
     ["interop/_state_dict"],
-    [
-        f"interop/_{name}"
-        for name in ("bitsandbytes", "keras", "mindspore", "mlx", "optax", "paddle", "pytorch", "tensorflow1")
-    ],
+    [f"interop/_{name}" for name in ("bitsandbytes", "keras", "mindspore", "mlx", "paddle", "pytorch", "tensorflow1")],
     ["interop/_tensorflow2"],
     ["interop/_table"],
     ["_dialect"],
