@@ -2,6 +2,7 @@
 
 from . import dialects as dialects, interop as interop
 from ._carry import carry_over as carry_over
+from ._layers import value_and_update as value_and_update
 from ._metrics import metrics as metrics
 from ._rmsprop import (
     rmsprop as rmsprop,

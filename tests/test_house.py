@@ -182,7 +182,7 @@ FLOORS = [
     ["interop/_table"],
     ["_dialect"],
     ["dialects", "interop/__init__"],
-    ["_metrics"],
+    ["_metrics", "_layers"],
     ["__main__"],
     ["__init__"],
 ]

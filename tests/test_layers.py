@@ -1,0 +1,505 @@
+"""The step inside the backward pass: the same bits as the ordinary step, right gradients, and errors for misuse."""
+
+import functools
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import mesh_of
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from rmsprop_jax import metrics, params_in_float32, rmsprop, round_params_stochastically, value_and_update
+
+
+pytestmark = pytest.mark.usefixtures("users_climate")
+
+LAYERS, WIDTH, VOCABULARY, BATCH, STEPS = 3, 8, 11, 16, 8
+
+
+# --- A network, and its two steps -------------------------------------------------------------------------
+
+
+def layer(params, x, key, gate):
+    h = jnp.tanh(x @ params["kernel"] + params["bias"][None]) * gate[None]
+    kept = jnp.where(jax.random.bernoulli(key, 0.8, h.shape), h * h.dtype.type(1.25), h.dtype.type(0))  # dropout
+    return x + kept, jnp.mean(jnp.square(h.astype(jnp.float32)))
+
+
+def loss(outer, layers, tokens, keys):
+    x, squares = layers(outer["embed"][tokens], keys, outer["gate"])
+    logits = (x @ outer["embed"].T).astype(jnp.float32)  # tied
+    return optax.softmax_cross_entropy_with_integer_labels(logits, (tokens + 1) % VOCABULARY).mean() + squares.mean()
+
+
+def parameters(dtype=jnp.float32, seed=0):
+    random = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(random.normal(size=shape) * 0.3, dtype)  # noqa: E731
+    layers = {"kernel": normal(LAYERS, WIDTH, WIDTH), "bias": normal(LAYERS, WIDTH)}
+    return {"embed": normal(VOCABULARY, WIDTH), "gate": normal(WIDTH) + jnp.ones(WIDTH, dtype)}, layers
+
+
+def batch(t):
+    tokens = jnp.asarray(np.random.default_rng(t).integers(VOCABULARY, size=BATCH))
+    return tokens, jax.random.split(jax.random.key(t), LAYERS)
+
+
+def scanned(layer, params):
+    """`layers` of the ordinary step."""
+
+    def layers(x, each, *shared):
+        body = jax.checkpoint(lambda x, of_layer: layer(of_layer[0], x, of_layer[1], *shared))
+        return jax.lax.scan(body, x, (params, each))
+
+    return layers
+
+
+def ordinary(loss, layer, tx, has_aux=False):
+    def step(outer, params, state, *args):
+        def of_both(outer, params):
+            return loss(outer, scanned(layer, params), *args)
+
+        value, (outer_grads, grads) = jax.value_and_grad(of_both, (0, 1), has_aux, allow_int=True)(outer, params)
+        updates, state = tx.update(grads, state, params)
+        return value, outer_grads, eqx.apply_updates(params, updates), state
+
+    return step
+
+
+def trained(step):
+    """With gradient descent for the outer parameters."""
+
+    @jax.jit
+    def train(outer, params, state, *args):
+        value, grads, params, state = step(outer, params, state, *args)
+        outer = jax.tree.map(lambda p, g: p - p.dtype.type(0.1) * g, outer, grads)
+        return value, outer, params, state
+
+    return train
+
+
+def run(steps, outer, params, state, batches=batch):
+    """The end of a run whose step number t is steps[t]."""
+    values = []
+    for t, step in enumerate(steps):
+        value, outer, params, state = step(outer, params, state, *batches(t))
+        values.append(value)
+        # As from a checkpoint.
+        outer, params, state = jax.tree.map(np.asarray, (outer, params, state))
+    return values, outer, params, state
+
+
+# --- The same numbers -------------------------------------------------------------------------------------
+
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, STEPS)
+THREE = optax.chain(rmsprop(1e-2, state_dtype="uint8"), round_params_stochastically())
+FOUR = optax.chain(
+    rmsprop(1e-2, centered=True, momentum=0.9, state_dtype="uint8"), round_params_stochastically(keep_rest=True)
+)
+
+
+def matrices(params):
+    """As many write it for layers that are no stacks."""
+    return jax.tree.map(lambda p: p.ndim > 2, params)
+
+
+def every_two(tx):
+    steps = optax.MultiSteps(tx, 2)
+    return optax.GradientTransformationExtraArgs(steps.init, steps.update)
+
+
+EQUAL = {
+    "plain": rmsprop(1e-2),
+    "bfloat16": rmsprop(1e-2, momentum=0.9, state_dtype="bfloat16"),
+    "uint8": rmsprop(1e-2, centered=True, momentum=0.9, state_dtype="uint8"),
+    "three bytes": THREE,
+    "four bytes": FOUR,
+    "clip, three bytes": optax.chain(optax.clip(0.01), THREE),
+    "masked": optax.masked(rmsprop(1e-2, state_dtype="uint8"), matrices),
+    "partition": optax.partition({"a": THREE, "b": optax.sgd(1e-2)}, {"kernel": "a", "bias": "b"}),
+    "MultiSteps": every_two(FOUR),
+}
+# Of a sum of two products in float32, XLA rounds one product or none, and not the same in each program.
+CLOSE = {
+    "centered": rmsprop(1e-2, centered=True, bias_correction=True),
+    "momentum": rmsprop(1e-2, momentum=0.9, nesterov=True),
+    "decay, schedule": rmsprop(SCHEDULE, weight_decay=0.1, weight_decay_mask=matrices),
+    "injected": optax.inject_hyperparams(rmsprop)(SCHEDULE, momentum=0.9),
+    "optax.adam": optax.adam(1e-3),
+    "optax.adamw": optax.adamw(1e-3, mask=matrices),
+    "optax.lion": optax.lion(1e-3),
+    "optax.rmsprop": optax.rmsprop(1e-2, momentum=0.9),
+}
+
+
+def dtype_of(name):
+    return jnp.bfloat16 if any(word in name for word in ("bytes", "partition", "MultiSteps")) else jnp.float32
+
+
+@pytest.mark.parametrize("name", [*EQUAL, *CLOSE])
+def test_a_run_ends_with_the_bits_of_the_ordinary_one(name):
+    """Also one that changes to this step and back, from checkpoints."""
+    tx = (EQUAL | CLOSE)[name]
+    outer, params = parameters(dtype_of(name))
+    a, b = (trained(make(loss, layer, tx)) for make in (ordinary, value_and_update))
+    whole, inside, mixed = (
+        run(steps, outer, params, tx.init(params)) for steps in ([a] * STEPS, [b] * STEPS, [a, b] * (STEPS // 2))
+    )
+    assert not np.array_equal(whole[2]["kernel"], params["kernel"])
+    for found in (inside, mixed):
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, whole)
+        if name in EQUAL:
+            chex.assert_trees_all_equal(found, whole)
+        else:
+            chex.assert_trees_all_close(found, whole, rtol=1e-6, atol=4e-7)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_bits_and_shardings_on_a_mesh_are_those_of_the_ordinary_step(kind):
+    """Sharded as by FSDP, in another axis than that of the layers."""
+    mesh = mesh_of(kind, (2,))
+    place = lambda x, axes: jax.device_put(x, NamedSharding(mesh, P(*axes)))  # noqa: E731
+    _, params = parameters(jnp.bfloat16)
+    params = {"kernel": place(params["kernel"], (None, "x")), "bias": place(params["bias"], (None, "x"))}
+    x = place(jnp.ones((BATCH, WIDTH), jnp.bfloat16), ("x",))
+
+    def layer(params, x, each):
+        gathered = {"kernel": jax.reshard(params["kernel"], P()), "bias": jax.reshard(params["bias"], P())}
+        gathered = gathered if kind == AxisType.Explicit else params
+        return x + jnp.tanh(x @ gathered["kernel"] + gathered["bias"][None]) * each, None
+
+    def loss(outer, layers, x):
+        y, _ = layers(x, jnp.arange(1, LAYERS + 1, dtype=x.dtype))
+        return jnp.mean(jnp.square(y.astype(jnp.float32) - 1))
+
+    with jax.set_mesh(mesh):
+        ends = []
+        for make in (ordinary, value_and_update):
+            step = jax.jit(make(loss, layer, FOUR))
+            p, s = params, jax.jit(FOUR.init)(params)
+            for _ in range(3):
+                value, _, p, s = step(None, p, s, x)
+            ends.append((value, p, s))
+    chex.assert_trees_all_equal(*ends)
+    for ours, before in zip(
+        jax.tree.leaves((ends[1][1], ends[1][2][0].nu)), jax.tree.leaves((params, params)), strict=True
+    ):
+        assert ours.sharding.is_equivalent_to(before.sharding, ours.ndim)
+
+
+@pytest.mark.parametrize(
+    ("tx", "own"),
+    [
+        (optax.adafactor(1e-2, min_dim_size_to_factor=4), True),
+        (optax.chain(optax.adaptive_grad_clip(0.01), rmsprop(1e-2, momentum=0.9)), True),
+        (optax.lamb(1e-2), False),
+        (optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(1e-1)), False),
+    ],
+    ids=["adafactor", "adaptive_grad_clip", "lamb", "clip_by_block_rms"],
+)
+def test_what_looks_at_a_whole_array_sees_that_of_one_layer(tx, own):
+    outer, params = parameters()
+    inside = jax.jit(value_and_update(loss, layer, tx))
+
+    @jax.jit
+    def separate(layers, state, *args):
+        def run(layers, x, keys, gate):
+            outs = []
+            for p, key in zip(layers, keys, strict=True):
+                x, out = layer(p, x, key, gate)
+                outs.append(out)
+            return x, jnp.stack(outs)
+
+        grads = jax.grad(lambda layers: loss(outer, functools.partial(run, layers), *args))(layers)
+        updates, state = tx.update(grads, state, layers)
+        return optax.apply_updates(layers, updates), state
+
+    layers = [jax.tree.map(lambda p, i=i: p[i], params) for i in range(LAYERS)]
+    state, of_layers = (jax.vmap(tx.init) if own else tx.init)(params), tx.init(layers)
+    for t in range(3):
+        _, _, params, state = inside(outer, params, state, *batch(t))
+        layers, of_layers = separate(layers, of_layers, *batch(t))
+    chex.assert_trees_all_close(params, jax.tree.map(lambda *p: jnp.stack(p), *layers), rtol=1e-4, atol=1e-5)
+
+
+def test_each_layer_can_have_a_state_of_its_own():
+    outer, params = parameters(jnp.bfloat16)
+    step = trained(value_and_update(loss, layer, FOUR))
+    shared = run([step] * 3, outer, params, FOUR.init(params))
+    own = run([step] * 3, outer, params, jax.vmap(FOUR.init)(params))
+    chex.assert_trees_all_equal(own[:3], shared[:3])
+    assert own[3][0].count.tolist() == [3] * LAYERS
+    assert shared[3][0].count == 3
+
+
+def test_what_reads_a_state_reads_that_of_this_step():
+    outer, params = parameters(jnp.bfloat16)
+    _, _, params, state = run([jax.jit(value_and_update(loss, layer, FOUR))] * 2, outer, params, FOUR.init(params))
+    assert metrics(state, params=params)["count"] == 2
+    exact = params_in_float32(params, state)["kernel"]
+    np.testing.assert_allclose(exact, params["kernel"].astype(jnp.float32), rtol=2**-8)
+    assert not np.array_equal(exact, params["kernel"].astype(jnp.float32))
+
+
+# --- Gradients --------------------------------------------------------------------------------------------
+
+
+def test_gradients_through_each_and_shared_and_trees_as_x():
+    """x has a counter and a key; each layer has a scale and an index; all share a memory and a mask."""
+
+    def layer(params, x, each, shared):
+        key, now = jax.random.split(x["key"])
+        h = jnp.tanh(x["h"] @ params["kernel"] + shared["memory"]) * each["scale"] + each["index"]
+        h = jnp.where(shared["mask"], h, 0.0) + jax.random.normal(now, h.shape) + params["bias"]
+        return {"h": h, "n": x["n"] + each["index"], "key": key}, (h.sum(), x["n"])
+
+    def loss(outer, layers, x):
+        x = {"h": x @ outer["in"], "n": jnp.int32(1), "key": jax.random.key(3)}
+        each = {"scale": jnp.exp(outer["scales"]), "index": jnp.arange(LAYERS)}
+        shared = {"memory": jnp.sin(outer["in"][0]), "mask": jnp.arange(WIDTH) < 6}
+        y, (sums, counts) = layers(x, each, shared)
+        return jnp.mean(jnp.square(y["h"])) + jnp.sin(sums).sum() + outer["in"].sum(), (y["n"], counts)
+
+    outer, params = parameters()
+    outer = {"in": params["kernel"][0], "scales": jnp.linspace(-1, 1, LAYERS), "calls": jnp.int32(7), "none": None}
+    tx = rmsprop(1e-2)
+    found, expected = (
+        jax.jit(make(loss, layer, tx, True))(outer, params, tx.init(params), jnp.ones((2, WIDTH)))
+        for make in (value_and_update, ordinary)
+    )
+    assert found[1].pop("calls").dtype == expected[1].pop("calls").dtype == jax.dtypes.float0
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    (_, (n, counts)), grads, _, _ = found
+    assert (n, counts.tolist()) == (4, [1, 1, 2])
+    assert all(jnp.abs(g).min() > 0 for g in (grads["in"], grads["scales"]))
+
+
+def test_leaves_that_do_not_train():
+    """Integers and None in the stack, and outer parameters without an array."""
+
+    def layer(params, x, each):
+        return jnp.where(params["which"] > 0, x * params["w"], x), None
+
+    def loss(outer, layers, x):
+        return layers(x)[0].sum()
+
+    tx = rmsprop(0.5)
+    params = {"w": jnp.full((3, 2), 2.0), "which": jnp.array([1, 0, 1]), "bias": None}
+    value, grads, new, _ = value_and_update(loss, layer, tx)({}, params, tx.init(params), jnp.ones(2))  # without jit
+    assert (value, grads, new["which"].tolist(), new["bias"]) == (8, {}, [1, 0, 1], None)
+    assert np.all(new["w"][np.array([0, 2])] < 2)
+    assert np.all(new["w"][1] == 2)
+
+
+def test_loss_is_traced_twice_and_the_update_once_for_all_steps():
+    outer, params = parameters()
+    tx = rmsprop(1e-2)
+    traced = chex.assert_max_traces(loss, 2)
+    step = jax.jit(value_and_update(traced, layer, tx))
+    run([step] * 3, outer, params, tx.init(params))
+
+
+# --- Misuse -----------------------------------------------------------------------------------------------
+
+
+def once(outer, params, state, tx, loss=loss, layer=layer):
+    return jax.eval_shape(lambda *args: value_and_update(loss, layer, tx)(outer, params, state, *args), *batch(0))
+
+
+COUPLED = {
+    "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), rmsprop(1e-2)),
+    "apply_if_finite": optax.apply_if_finite(rmsprop(1e-2), 3),
+    "prodigy": optax.contrib.prodigy(),
+    "normalize_by_update_norm": optax.normalize_by_update_norm(),
+    "skip_large_updates": optax.MultiSteps(
+        optax.sgd(0.1), 2, should_skip_update_fn=functools.partial(optax.skip_large_updates, max_squared_norm=1.0)
+    ).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize("tx", COUPLED.values(), ids=COUPLED)
+def test_coupled_arrays_are_refused(tx):
+    outer, params = parameters()
+    with pytest.raises(
+        ValueError, match=r"tx changes other arrays with the gradient of params\['bias'\].*clip_by_block_rms"
+    ):
+        once(outer, params, tx.init(params), tx)
+
+
+def test_a_state_that_layers_cannot_share_is_refused():
+    outer, params = parameters()
+    for tx in (optax.sm3(0.1), optax.contrib.dadapt_adamw(0.1)):
+        with pytest.raises(ValueError, match=r"tx changes (what all layers share|other arrays)"):
+            once(outer, params, tx.init(params), tx)
+    once(outer, params, jax.vmap(optax.sm3(0.1).init)(params), optax.sm3(0.1))
+    tx = optax.add_noise(0.1, 0.5, 0)
+    with pytest.raises(ValueError, match=r"state.*rng_key looks like a key.*draw them in loss or layer"):
+        once(outer, params, tx.init(params), tx)
+
+
+def swallow(tx):
+    """A wrapper that hands nothing on."""
+    return optax.GradientTransformation(tx.init, lambda updates, state, params=None: tx.update(updates, state, params))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.MultiSteps(rmsprop(1e-2, state_dtype="uint8"), 2).gradient_transformation(),
+        swallow(THREE),
+        optax.chain(swallow(rmsprop(1e-2, momentum=0.9, state_dtype="bfloat16")), round_params_stochastically()),
+        optax.chain(rmsprop(1e-2, state_dtype="uint8"), swallow(round_params_stochastically())),
+        optax.partition(
+            {"a": swallow(optax.chain(optax.sgd(0.1), round_params_stochastically())), "b": THREE},
+            {"kernel": "a", "bias": "b"},
+        ),
+    ],
+    ids=["MultiSteps", "all", "one of two", "the other", "partition"],
+)
+def test_a_wrapper_that_would_change_the_random_bits_is_refused(tx):
+    outer, params = parameters(jnp.bfloat16)
+    for init in (jax.vmap(tx.init), tx.init):
+        with pytest.raises(ValueError, match=r"keeps the argument `layer`.*optax.GradientTransformationExtraArgs\("):
+            once(outer, params, init(params), tx)
+    once(outer, params, optax.sgd(0.1).init(params), swallow(optax.sgd(0.1)))  # nothing is rounded
+
+
+CALLS = {
+    "never": (lambda outer, layers, *args: outer["gate"].sum(), "never calls layers"),
+    "twice": (
+        lambda outer, layers, *args: loss(outer, layers, *args) + loss(outer, layers, *args),
+        "calls layers twice",
+    ),
+    "in jit": (
+        lambda outer, layers, *args: jax.jit(lambda outer: loss(outer, layers, *args))(outer),
+        "inside jit, scan",
+    ),
+    "in jit, closed": (lambda outer, layers, *args: jax.jit(lambda: loss(outer, layers, *args))(), "inside jit, scan"),
+    "in checkpoint": (
+        lambda outer, layers, *args: jax.checkpoint(lambda o: loss(o, layers, *args))(outer),
+        "inside jit",
+    ),
+    "in scan": (
+        lambda outer, layers, *args: jax.lax.scan(lambda c, _: (c + loss(outer, layers, *args), None), 0.0, length=2)[
+            0
+        ],
+        "inside jit, scan",
+    ),
+    "in cond": (
+        lambda outer, layers, *args: jax.lax.cond(
+            outer["gate"][0] > 0, lambda: loss(outer, layers, *args), lambda: 0.0
+        ),
+        "inside jit, scan",
+    ),
+    "in vmap": (
+        lambda outer, layers, tokens, keys: jax.vmap(lambda t: loss(outer, layers, t[None], keys))(tokens).sum(),
+        "with the whole batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_layers_is_called_once_and_outside_of_transformations(name):
+    wrong, message = CALLS[name]
+    outer, params = parameters()
+    state = optax.sgd(0.1).init(params)
+    for step in (
+        value_and_update(wrong, layer, optax.sgd(0.1)),
+        jax.jit(value_and_update(wrong, layer, optax.sgd(0.1))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(outer, params, state, *batch(0))
+
+
+def test_what_layer_closes_over_gets_no_gradient_and_is_refused():
+    outer, params = parameters()
+
+    @jax.jit
+    def step(outer, params):
+        def closing(p, x, key, gate):
+            return layer(p, x, key, outer["gate"])
+
+        return value_and_update(loss, closing, optax.sgd(0.1))(outer, params, (optax.EmptyState(),) * 2, *batch(0))
+
+    with pytest.raises(ValueError, match=r"layer closes over outer\['gate'\].*layers\(x, each, shared\)"):
+        step(outer, params)
+
+
+OUTER, PARAMS = parameters()
+STATE = rmsprop(1e-2).init(PARAMS)
+MODULE = eqx.nn.Linear(2, 2, key=jax.random.key(0))
+WRONG = {
+    "a leaf without layers": (
+        {"params": PARAMS | {"scale": jnp.float32(1)}},
+        ValueError,
+        r"params\['scale'\] has \(\): the first axis",
+    ),
+    "other lengths": (
+        {"params": PARAMS | {"bias": jnp.zeros((2, WIDTH))}},
+        ValueError,
+        r"params\['kernel'\] has \(3, 8, 8\)",
+    ),
+    "no arrays": ({"params": {}}, ValueError, "params has no arrays"),
+    "functions": ({"params": {"f": jnp.tanh}}, TypeError, r"params\['f'\] has type .*eqx.partition"),
+    "a module with functions": (
+        {"outer": eqx.nn.MLP(1, 1, 1, 1, key=jax.random.key(0))},
+        TypeError,
+        r"outer.*has type .*eqx.partition",
+    ),
+    "a state of other parameters": (
+        {"state": rmsprop(1e-2).init({"kernel": PARAMS["kernel"]})},
+        ValueError,
+        r"state.nu\['bias'\] is missing.*tx.init\(params\)",
+    ),
+    "a state of one layer": (
+        {"state": rmsprop(1e-2).init({k: p[0] for k, p in PARAMS.items()})},
+        ValueError,
+        r"state.nu\['bias'\] has shape \(8,\)",
+    ),
+    "a state of another tx": ({"state": optax.adam(1e-2).init(PARAMS)}, ValueError, r"state.count is missing"),
+    "x of another dtype": (
+        {"layer": lambda p, x, each, gate: (x.astype(jnp.bfloat16), x[0, 0])},
+        TypeError,
+        r"layer makes bfloat16\[16, 8\] of x, which was float32\[16, 8\]",
+    ),
+    "x of another shape": (
+        {"layer": lambda p, x, each, gate: (x[1:], None)},
+        TypeError,
+        r"layer makes float32\[15, 8\] of x",
+    ),
+    "x of another structure": ({"layer": lambda p, x, each, gate: ((x, x), None)}, TypeError, "layer makes .* of x"),
+    "no pair": ({"layer": lambda p, x, each, gate: x}, TypeError, r"layer returns .*: allowed is the pair \(x, out\)"),
+    "keys for other layers": (
+        {"loss": lambda outer, layers, tokens, keys: loss(outer, layers, tokens, keys[:2])},
+        ValueError,
+        r"each has \(2,\): the first axis",
+    ),
+    "no scalar": (
+        {"loss": lambda outer, layers, *args: layers(jnp.ones((2, WIDTH)), args[1], outer["gate"])[0]},
+        TypeError,
+        r"loss returns float32\[2, 8\]: allowed is a real scalar",
+    ),
+    "auxiliary outputs": ({"loss": lambda *args: (loss(*args), 1)}, TypeError, "has_aux=True"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_misuse_is_an_error_that_names_what_is_wrong(name):
+    wrong, error, message = WRONG[name]
+    arguments = {"outer": OUTER, "params": PARAMS, "state": STATE, "tx": rmsprop(1e-2)} | wrong
+    with pytest.raises(error, match=message):
+        once(**arguments)
+
+
+def test_arguments_are_checked_at_construction():
+    for arguments, message in [
+        ((None, layer, optax.sgd(0.1)), "loss has type NoneType: allowed is a function"),
+        ((loss, PARAMS, optax.sgd(0.1)), "layer has type dict"),
+        ((loss, layer, optax.sgd), "tx has type function: allowed is an optax.GradientTransformation"),
+        ((loss, layer, optax.sgd(0.1), 1), "has_aux=1 has type int"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            value_and_update(*arguments)
