@@ -65,7 +65,7 @@ def value_and_update(loss: Callable[..., Any], layer: Callable[..., Any], tx: An
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, rmsprop_jax
-        >>> tx = optax.chain(rmsprop_jax.rmsprop(1e-2, state_dtype="uint8"), rmsprop_jax.round_params_stochastically())
+        >>> tx = optax.chain(rmsprop_jax.rmsprop(5e-4, state_dtype="uint8"), rmsprop_jax.round_params_stochastically())
         >>> def layer(params, x, each):
         ...     return x + jnp.tanh(x @ params["kernel"]), None
         >>> def loss(head, layers, x):
@@ -78,8 +78,8 @@ def value_and_update(loss: Callable[..., Any], layer: Callable[..., Any], tx: An
         ...     value, grads, params, state = step(head, params, state, x)
         ...     print(f"{value:.0f}")
         64
-        29
-        13
+        47
+        39
 
     References:
         Lv et al., `Full parameter fine-tuning with limited resources (LOMO) <https://arxiv.org/abs/2306.09782>`_, 2023.

@@ -17,7 +17,7 @@ from rmsprop_jax import metrics, params_in_float32, rmsprop, round_params_stocha
 
 pytestmark = pytest.mark.usefixtures("users_climate")
 
-LAYERS, WIDTH, VOCABULARY, BATCH, STEPS = 3, 8, 11, 16, 8
+LAYERS, WIDTH, VOCABULARY, BATCH, STEPS = 3, 8, 11, 16, 6
 
 
 # --- A network, and its two steps -------------------------------------------------------------------------
