@@ -31,8 +31,8 @@ Seed = tuple[jax.Array, jax.Array]
 
 def seeds(count: jax.Array, purpose: str) -> Seed:
     """The a and b of `noise` for update number `count`. Each purpose, such as a slot, has its own."""
-    x = _once(count.astype(jnp.uint32)) * np.uint32(2) + np.uint32(zlib.crc32(purpose.encode()))
-    return _once(_mix(x) | 1), _once(_mix(x + 1))
+    x = _for_all_leaves(count.astype(jnp.uint32)) * np.uint32(2) + np.uint32(zlib.crc32(purpose.encode()))
+    return _for_all_leaves(_mix(x) | 1), _for_all_leaves(_mix(x + 1))
 
 
 def within_stack(seed: Seed, layer: jax.Array | None, shape: tuple[int, ...]) -> Seed:
@@ -45,16 +45,22 @@ def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
     """Random bits for each element: a·x + b, where x mixes the bits of the arrays with the element's place.
 
     They are uniform whatever the arrays hold, because b is. They are independent for elements that differ in
-    value or place, because a is odd and new in each update. A place is that in the whole array, so the bits are
-    the same on any layout of devices. Inside `shard_map`, `vmap` and `pmap` it is that in the local array, which
-    gives other bits.
+    the upper 24 bits of a value or in place, because a is odd and new in each update. A place is that in the whole
+    array, so the bits are the same on any layout of devices. Inside `shard_map`, `vmap` and `pmap` positions are local
+    to the shard, so other, equally good, random bits are used.
     """
     a, b = seed
     x, *others = (bits(part) for array in arrays for part in _parts(array))
     for other in others:
         # The bits of bfloat16 are in the upper half of a word. Those of two such arrays then fill it.
         x = x ^ (x >> 16) ^ other
-    return (x ^ (_place(x.shape) + b)) * a
+    return (_spread_sign(x) ^ (_place(x.shape) + b)) * a
+
+
+def _spread_sign(x: jax.Array) -> jax.Array:
+    """The upper 24 bits of a word, and the first of them nine times: in a product it would change the first bit alone."""
+    shifted = jax.lax.bitcast_convert_type(x, jnp.int32) >> 8
+    return jax.lax.bitcast_convert_type(shifted, jnp.uint32)
 
 
 def _place(shape: tuple[int, ...]) -> jax.Array:
@@ -74,9 +80,10 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _once(x: jax.Array) -> jax.Array:
-    """`x`, computed once for all leaves. XLA repeats cheap scalar operations in the kernel of each leaf."""
-    # It does not repeat a division. (x mod 2³²-2 changes only the two largest x.)
+def _for_all_leaves(x: jax.Array) -> jax.Array:
+    """`x`, computed once for all leaves, and not again in the kernel of each."""
+    # XLA duplicates cheap scalar operations but not a remainder, and this one is the identity except for the two
+    # largest x. tests/test_compilation.py counts the operations.
     return x % np.uint32(0xFFFFFFFE)
 
 
