@@ -58,7 +58,7 @@ def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
 
 
 def _spread_sign(x: jax.Array) -> jax.Array:
-    """The upper 24 bits of a word, and the first of them nine times: in a product it would change the first bit alone."""
+    """The upper 24 bits of a word, behind eight copies of the first: that alone would change one bit of a product."""
     shifted = jax.lax.bitcast_convert_type(x, jnp.int32) >> 8
     return jax.lax.bitcast_convert_type(shifted, jnp.uint32)
 

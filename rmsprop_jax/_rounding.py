@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import keystr
 
-from . import _bits, _checks, _equality, _placement, _pytree, _storage
+from . import _bits, _checks, _equality, _placement, _pytree, _states, _storage
 from ._rmsprop import RMSPropState
+from ._text import listed
 
 
 __all__ = ["RoundParamsState", "params_in_bfloat16", "params_in_float32", "round_params_stochastically"]
@@ -141,8 +142,8 @@ def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
         >>> print([f"{x:.3f}" for x in rmsprop_jax.params_in_float32(params, state)])
         ['0.999', '0.999', '0.999']
     """
-    leaves, treedef, rests = _with_remainders(params, state)
-    return treedef.unflatten(_in_float32(p, rests.get(path)) for path, p in leaves)
+    remainders = _remainders(params, state)
+    return _states.map_arrays(lambda name, p: _in_float32(p, remainders.get(name)), params)
 
 
 def params_in_bfloat16(params: optax.Params, state: Any) -> tuple[optax.Params, Any]:
@@ -174,33 +175,29 @@ def params_in_bfloat16(params: optax.Params, state: Any) -> tuple[optax.Params, 
         >>> print(params["w"].dtype, [f"{x:.5f}" for x in rmsprop_jax.params_in_float32(params, state)["w"]])
         bfloat16 ['0.10000', '0.20000', '0.30000']
     """
-    leaves, treedef, rests = _with_remainders(params, state)
-    if not rests and any(_is_float(p) for _, p in leaves):
+    remainders = _remainders(params, state)
+    if not remainders and any(map(_is_float, jax.tree.leaves(params))):
         raise ValueError(
             "state keeps no remainder, so that bfloat16 parameters would lose most of their bits: make it for bfloat16 "
             "parameters with round_params_stochastically(keep_rest=True). To lose them, cast with astype(jnp.bfloat16)"
         )
-    new: dict[Any, tuple[Any, Any]] = {}
-    for path, p in leaves:
-        rest = rests.get(path)
-        if rest is None or _is_bfloat16(p):
-            new[path] = p, rest
-        elif _is_float(p):
-            new[path] = _split(p)
-        else:
+
+    def split(name: _states.Name, p: Any) -> Any:
+        if name not in remainders or _is_bfloat16(p):
+            return p
+        if not _is_float(p):
             raise TypeError(
-                f"params{keystr(path)} has dtype {p.dtype}, and state a remainder for it: allowed are floats"
+                f"params{_states.shown(name)} has dtype {p.dtype}, and state a remainder for it: give floats"
             )
+        upper, remainders[name] = _split(p)
+        return upper
 
-    def with_new_rest(node: Any) -> Any:
-        if not isinstance(node, RoundParamsState):
-            return node
-        return node._replace(rest=jax.tree.map_with_path(lambda path, _: new[path][1], node.rest))
-
-    return (
-        treedef.unflatten(p for p, _ in new.values()),
-        jax.tree.map(with_new_rest, state, is_leaf=lambda x: isinstance(x, RoundParamsState)),
-    )
+    params = _states.map_arrays(split, params)
+    nodes = {
+        path: node._replace(rest=_states.map_arrays(lambda name, _: remainders[name], node.rest))
+        for path, node in _states.find(state, _is_rounding).items()
+    }
+    return params, _states.replace(state, nodes)
 
 
 @jax.jit
@@ -272,36 +269,29 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
 # --- Parameters with their remainders ---------------------------------------------------------------------
 
 
-def _with_remainders(params: Any, state: Any) -> tuple[list[tuple[Any, Any]], Any, dict[Any, Any]]:
-    """The parameters with their paths, their tree, and the remainders in a state by the same paths."""
-    for node in jax.tree.leaves(params, is_leaf=_is_state):
-        if _is_state(node):
-            raise TypeError(f"params has a {type(node).__name__} in it: the parameters come first, and then the state")
-    rests: dict[Any, Any] = {}
-    for node in jax.tree.leaves(state, is_leaf=lambda x: _is_state(x) or _was_rounding(x)):
-        if isinstance(node, RoundParamsState):
-            rests |= dict(tree_flatten_with_path(node.rest)[0])
-        elif _was_rounding(node):
-            raise TypeError(
-                "state has a dict in the place of a RoundParamsState, as Orbax restores it without a target: restore "
-                "it like tx.init(params)"
-            )
-    leaves, treedef = tree_flatten_with_path(params)
-    shapes = {path: getattr(p, "shape", None) for path, p in leaves}
-    if wrong := [f"params{keystr(path)}" for path, rest in rests.items() if shapes.get(path) != rest.shape]:
+def _remainders(params: Any, state: Any) -> dict[_states.Name, jax.Array]:
+    """The remainders in a state, by the names of their parameters."""
+    if states := _states.find(params, lambda x: isinstance(x, (RoundParamsState, RMSPropState))):
+        found = next(iter(states.values()))
+        raise TypeError(f"params has a {type(found).__name__} in it: the parameters come first, and then the state")
+    if dicts := _states.find(state, lambda x: isinstance(x, Mapping) and x.keys() == set(RoundParamsState._fields)):
+        at = f"state{keystr(next(iter(dicts)))}"
+        raise TypeError(f"{at} was restored as a dict: put RoundParamsState(**{at}) there")
+    nodes = _states.find(state, _is_rounding).values()
+    found = {name: rest for node in nodes for name, rest in _states.arrays_of(node.rest).items()}
+    remainders = {name: rest for name, rest in found.items() if not _states.is_masked(rest)}
+    shapes: dict[_states.Name, Any] = {}
+    _states.map_arrays(lambda name, p: shapes.update({name: getattr(p, "shape", None)}), params)
+    if wrong := [f"params{_states.shown(name)}" for name, rest in remainders.items() if shapes.get(name) != rest.shape]:
         raise ValueError(
-            f"state has a remainder for {', '.join(wrong)}, and there is no array of its shape: give the parameters "
-            "that the optimizer was initialized with. (Inside optax.flatten, a remainder is one vector.)"
+            f"state has a remainder for {listed(wrong)}, and there is no array of its shape: give the parameters that "
+            "the optimizer was initialized with. (Inside optax.flatten, a remainder is one vector.)"
         )
-    return leaves, treedef, rests
+    return remainders
 
 
-def _is_state(x: Any) -> bool:
-    return isinstance(x, (RoundParamsState, RMSPropState))
-
-
-def _was_rounding(x: Any) -> bool:
-    return isinstance(x, Mapping) and x.keys() == set(RoundParamsState._fields)
+def _is_rounding(x: Any) -> bool:
+    return isinstance(x, RoundParamsState)
 
 
 def _in_float32(p: Any, rest: jax.Array | None) -> Any:

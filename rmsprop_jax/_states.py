@@ -33,6 +33,7 @@ __all__ = [
     "find",
     "is_masked",
     "is_optax_chain",
+    "map_arrays",
     "name_of",
     "one_tree",
     "replace",
@@ -250,6 +251,17 @@ def arrays_of(tree: Any) -> dict[Name, Any]:
     return {name_of(path): _unboxed(x) for path, x in tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]}
 
 
+def map_arrays(function: Callable[[Name, Any], Any], tree: Any) -> Any:
+    """A tree like the parameters with `function(name, array)` for each array. Boxes and masks stay."""
+    boxed = _has_dict_boxes(tree)
+
+    def new(path: Path, x: Any) -> Any:
+        name = name_of(path[:-1] if boxed else path)
+        return x if is_masked(x) else jax.tree.map(lambda array: function(name, array), x)
+
+    return tree_map_with_path(new, tree, is_leaf=_is_leaf)
+
+
 def is_masked(x: Any) -> bool:
     """Whether another group, or nobody, has the parameters of this subtree."""
     return isinstance(x, optax.MaskedNode)
@@ -290,10 +302,15 @@ def _unboxed(x: Any) -> Any:
 
 def _without_dict_boxes(state: Any) -> Any:
     """The state without {"value": array} around each array, as Orbax restores NNX's boxes without a target."""
-    if not all(path[-1:] == (DictKey("value"),) for path, _ in tree_flatten_with_path(state)[0]):
-        return state  # here a "value" is a parameter that somebody calls so
+    if not _has_dict_boxes(state):
+        return state
     is_box = lambda x: isinstance(x, Mapping) and x.keys() == {"value"} and jax.tree_util.all_leaves(x.values())  # noqa: E731
     return jax.tree.map(lambda x: x["value"] if is_box(x) else x, state, is_leaf=is_box)
+
+
+def _has_dict_boxes(tree: Any) -> bool:
+    """Whether every array is in a box. Elsewhere a "value" is a parameter that somebody calls so."""
+    return all(path[-1:] == (DictKey("value"),) for path, _ in tree_flatten_with_path(tree)[0])
 
 
 # --- Wrappers ---------------------------------------------------------------------------------------------

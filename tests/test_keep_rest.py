@@ -335,7 +335,9 @@ def test_what_is_no_state_with_remainders_is_refused():
     for f in (params_in_float32, params_in_bfloat16):
         with pytest.raises(TypeError, match="params has a RoundParamsState in it: the parameters come first"):
             f(state, p)
-        with pytest.raises(TypeError, match="state has a dict in the place of a RoundParamsState, as Orbax"):
+        with pytest.raises(
+            TypeError, match=r"state\[0\] was restored as a dict: put RoundParamsState\(\*\*state\[0\]\) there"
+        ):
             f(p, [state._asdict()])
     for nothing in (FOUR_BYTES.init(w), round_params_stochastically().init(p), optax.sgd(0.1).init(p)):
         with pytest.raises(ValueError, match="state keeps no remainder"):
