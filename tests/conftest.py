@@ -29,6 +29,14 @@ settings.register_profile("house", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("house")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Says which frameworks are not here. What they do is compared as it was recorded."""
+    from frameworks import FRAMEWORKS, is_here
+
+    missing = [name for name in FRAMEWORKS if not is_here(name)]
+    terminalreporter.write_line(f"Not installed, and so not run live: {', '.join(missing) or 'none'}.")
+
+
 # --- Compiled programs ------------------------------------------------------------------------------------
 
 # Their subject is what the compiler makes, so it must run.

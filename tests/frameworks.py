@@ -1,22 +1,19 @@
 """Every framework's own RMSProp: how to run it, and the dialect and the reader that must agree with it.
 
 A `Framework` is a row: its `Runner`, and the calls, in its own argument names, that are compared. The golden files
-(`golden/make.py`) and the live tests read these rows, and so does `resume.py`, for those whose checkpoints we read.
+(`golden/make.py`) and the live tests read these rows. `golden/checkpoints.py` records checkpoints.
 To add a framework, add a runner and a row.
 """
 
 import abc
 import functools
-import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import itertools
 import json
 import os
 import pathlib
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +22,9 @@ import jax.example_libraries.optimizers as jax_examples
 import jax.numpy as jnp
 import numpy as np
 import optax
-from model import Arrays, convert, convert_back, NAMES, STOP, with_underscores
+from golden.checkpoints import past_init, STOP
 from problems import grads, scanned, START, STEPS
+from recordings import Arrays, from_torch_layout, from_underscores, NAMES, to_torch_layout, with_underscores
 
 from rmsprop_jax import dialects, interop, rmsprop
 
@@ -66,11 +64,6 @@ class Resumable(Runner):
     def load(self, checkpoint: Any) -> None:
         """Goes on from a checkpoint."""
 
-    @staticmethod
-    def recorded(entries: dict[str, np.ndarray]) -> Any:
-        """The checkpoint whose arrays `golden/make.py` recorded by path."""
-        return entries
-
 
 class Torch(Resumable):
     @staticmethod
@@ -101,27 +94,6 @@ class Torch(Resumable):
 
     def load(self, checkpoint):
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint})
-
-    @staticmethod
-    def recorded(entries):
-        entries = dict(entries)
-        groups = json.loads(str(entries.pop("param_groups")))
-        state: dict[int, Arrays] = {}
-        for path, value in entries.items():
-            _, key, slot = path.split("/")
-            state.setdefault(int(key), {})[slot] = value
-        return {"state": state, "param_groups": groups}
-
-
-def past_init(module: str) -> Any:
-    """A module of a package whose __init__ imports more than its optimizer needs: torch alone."""
-    *packages, _ = module.split(".")
-    for i in range(len(packages)):
-        name = ".".join(packages[: i + 1])
-        spec = importlib.util.find_spec(name)
-        assert spec
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(module)
 
 
 class Timm(Torch):
@@ -183,10 +155,6 @@ class Keras(Resumable):
             if variable.name != "learning_rate":
                 variable.assign(values.pop(variable.name))
         assert not values
-
-    @staticmethod
-    def recorded(entries):
-        return list(entries.items())
 
 
 class TensorFlow2(Runner):
@@ -491,8 +459,8 @@ FRAMEWORKS = {
         dialects.pytorch,
         [*combinations(MOMENTUM, CENTERED, DECAY, eps=1e-3), {"maximize": True, **DECAY}, {"alpha": 0.9}],
         resumed=[*RESUMED, MOMENTUM | DECAY],
-        read=lambda c: interop.from_pytorch(c, NAMES, convert),
-        write=lambda s: interop.to_pytorch(s, NAMES, convert_back),
+        read=lambda c: interop.from_pytorch(c, NAMES, from_torch_layout),
+        write=lambda s: interop.to_pytorch(s, NAMES, to_torch_layout),
     ),
     "timm": Framework(
         ("timm", "torch"),
@@ -507,8 +475,8 @@ FRAMEWORKS = {
             {"corrected_weight_decay": True, **DECAY},
         ],
         resumed=RESUMED,
-        read=lambda c: interop.from_timm(c, NAMES, convert),
-        write=lambda s: interop.to_pytorch(s, NAMES, convert_back),
+        read=lambda c: interop.from_timm(c, NAMES, from_torch_layout),
+        write=lambda s: interop.to_pytorch(s, NAMES, to_torch_layout),
     ),
     "stable-baselines3": Framework(
         ("stable-baselines3", "torch"),
@@ -542,7 +510,7 @@ FRAMEWORKS = {
         ],
         ("0", "1"),
         resumed=RESUMED,
-        read=lambda c: interop.from_keras(c, convert),
+        read=lambda c: interop.from_keras(c, from_underscores),
         write=lambda s: interop.to_keras(s, with_underscores),
     ),
     "tf-keras": Framework(
@@ -565,7 +533,7 @@ FRAMEWORKS = {
         dialects.tensorflow1,
         [*combinations(MOMENTUM, CENTERED, epsilon=1e-3), {"decay": 0.99}, {}],
         resumed=RESUMED[:2],
-        read=lambda c: interop.from_tensorflow1(c, convert, count=STOP),
+        read=lambda c: interop.from_tensorflow1(c, from_underscores, count=STOP),
         write=lambda s: interop.to_tensorflow1(s, with_underscores),
     ),
     "dm-sonnet": Framework(
@@ -685,3 +653,8 @@ def is_here(name):
         return all(importlib.metadata.version(distribution) for distribution in distributions)
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+def where_it_is(name):
+    """Leaves a test out where its framework is not installed. conftest.py reports those that are not."""
+    return lambda test: test if is_here(name) else None

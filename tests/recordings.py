@@ -1,4 +1,4 @@
-"""Runs that go on from recorded checkpoints (golden/checkpoints.py)."""
+"""Runs that are resumed: from recorded checkpoints (golden/checkpoints.py), or live."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from golden import checkpoints
-from golden.checkpoints import END, ORIGIN, recorded, STOP
+from golden.checkpoints import END, ORIGIN, recorded, SHAPES, STOP
 
 
 LIMIT = 1e-6  # of the distance travelled; an accumulator that is off by a percent ends more than 2e-6 away
 
 Arrays = dict[str, np.ndarray]
+NAMES = list(SHAPES)
 
 
 def from_torch_layout(named: Arrays) -> Any:
@@ -32,6 +33,21 @@ def to_torch_layout(tree: Any) -> Arrays:
     }
 
 
+def with_underscores(tree: Any) -> Arrays:
+    """PyTorch's layout under the names of TensorFlow's variables."""
+    return {k.replace(".", "_"): v for k, v in to_torch_layout(tree).items()}
+
+
+def from_underscores(arrays: Arrays) -> Any:
+    return from_torch_layout({k.replace("_", "."): v for k, v in arrays.items()})
+
+
+def state_dict(name: str) -> Any:
+    """PyTorch's, with numbers for keys, which JSON does not have."""
+    kept = recorded(name)["checkpoint"]["state_dict"]
+    return {**kept, "state": {int(key): entry for key, entry in kept["state"].items()}}
+
+
 def from_keras_layout(conv: str, kernel: str, bias: str) -> Any:
     """A `convert` for these names: Keras' layout is Flax'."""
     return lambda arrays: {"conv": {"kernel": arrays[conv]}, "fc": {"kernel": arrays[kernel], "bias": arrays[bias]}}
@@ -41,16 +57,24 @@ def rates(count: Any) -> jax.Array:
     return jnp.asarray(checkpoints.RATES)[count]
 
 
-def distance(tx: optax.GradientTransformation, state: Any, recording: Any) -> float:
-    """How far from the recorded end the run is that goes on from a state, relative to the distance travelled."""
-    params = jax.tree.map(jnp.asarray, from_torch_layout(recording["middle"]))
-    for t in range(STOP, END):
-        grads = from_torch_layout(checkpoints.grads(to_torch_layout(params), t))
-        updates, state = tx.update(grads, state, params)
+def run(tx: Any, state: Any, arrays: Arrays, start: int = STOP, end: int = END) -> tuple[Arrays, Any]:
+    """The parameters and the state of a transformation after these steps, from a state of Flax' tree."""
+    update, params = jax.jit(tx.update), jax.tree.map(jnp.asarray, from_torch_layout(arrays))
+    for t in range(start, end):
+        updates, state = update(from_torch_layout(checkpoints.grads(to_torch_layout(params), t)), state, params)
         params = optax.apply_updates(params, updates)
-    ours, theirs = to_torch_layout(params), recording["end"]
+    return to_torch_layout(params), state
+
+
+def difference(ours: Arrays, theirs: Arrays) -> float:
+    """The largest difference, relative to the largest distance from the start."""
     away = max(np.abs(ours[k] - theirs[k]).max() for k in theirs)
     return away / max(np.abs(theirs[k] - ORIGIN[k]).max() for k in theirs)
+
+
+def distance(tx: Any, state: Any, recording: Any) -> float:
+    """How far from the recorded end the run is that goes on from a state."""
+    return difference(run(tx, state, recording["middle"])[0], recording["end"])
 
 
 def check_goes_on(dialect: Any, options: dict[str, Any], state: Any, recording: Any, rate: Any = rates) -> None:

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import resume
 from flax import nnx
 from flax.training.train_state import TrainState
+from golden.checkpoints import END, EPS, ORIGIN, STOP
 from interop_helpers import assert_own_buffers, buffers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from resume import difference, END, limit, ORIGIN, RATES, STOP
+from recordings import difference, from_torch_layout, LIMIT, rates, run
 
 from rmsprop_jax import carry_over, interop, rmsprop, RMSPropState, round_params_stochastically, scale_by_rms
 
@@ -141,16 +141,15 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_run_of_optax_is_resumed_and_goes_back(options):
-    accepted = limit("optax", options)
-    options = {"eps": resume.EPS} | options
-    ours, theirs = (f(lambda count: jnp.asarray(RATES)[count], **options) for f in (rmsprop, optax.rmsprop))
-    middle, state = resume.run_transformation(theirs, theirs.init(ORIGIN), ORIGIN, 0, STOP)
-    whole, _ = resume.run_transformation(theirs, theirs.init(ORIGIN), ORIGIN, 0, END)
-    end, _ = resume.run_transformation(ours, carry_over(state, ours.init(middle)), middle, STOP, END)
-    assert difference(end, whole) < accepted
-    middle, state = resume.run_transformation(ours, ours.init(ORIGIN), ORIGIN, 0, STOP)
-    back, _ = resume.run_transformation(theirs, carry_over(state, theirs.init(middle)), middle, STOP, END)
-    assert difference(back, whole) < accepted
+    # Optax takes E[g²] - E[g]² in float32: in this run it ends 2.5e-6 from float64, where we end 2.7e-7.
+    accepted = 4e-6 if options == {"centered": True} else LIMIT
+    ours, theirs = (f(rates, **{"eps": EPS, **options}) for f in (rmsprop, optax.rmsprop))
+    origin = from_torch_layout(ORIGIN)
+    whole, _ = run(theirs, theirs.init(origin), ORIGIN, 0, END)
+    for first, second in ((theirs, ours), (ours, theirs)):
+        middle, state = run(first, first.init(origin), ORIGIN, 0, STOP)
+        end, _ = run(second, carry_over(state, second.init(from_torch_layout(middle))), middle)
+        assert difference(end, whole) < accepted
 
 
 def test_half_precision_and_complex_parameters_of_optax():

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import resume
 from golden.checkpoints import case_name, EPSILON, recorded, ROWS
 from recordings import check_goes_on, from_keras_layout, others
 
@@ -284,11 +283,11 @@ def test_legacy_tf_keras_variables():
 
 
 def test_foreign_variables_are_named():
-    keras = resume.recorded("keras", {"momentum": 0.9}).checkpoint
+    keras = list(recorded("keras-3,momentum=0.9")["checkpoint"]["variables"].items())
     with pytest.raises(ValueError, match=r"not the variables of Keras' RMSprop.*: adam/w_m"):
-        interop.from_keras([*keras, ("adam/w_m", np.ones(1))], resume.convert)
+        interop.from_keras([*keras, ("adam/w_m", np.ones(1))], UNDERSCORE)
     with pytest.raises(ValueError, match=r"lacks {'velocity': \['fc_bias'\]}"):
-        interop.from_keras([v for v in keras if not v[0].endswith("fc_bias_velocity")], resume.convert)
+        interop.from_keras([v for v in keras if not v[0].endswith("fc_bias_velocity")], UNDERSCORE)
 
 
 # --- Files ---------------------------------------------------------------------------------------------------

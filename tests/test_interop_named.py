@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden.checkpoints import ORIGIN
 from interop_helpers import checkpoint, entry, group
-from resume import convert, convert_back, NAMES, ORIGIN
+from recordings import from_torch_layout as convert, NAMES, to_torch_layout as convert_back
 
 from rmsprop_jax import carry_over, interop, rmsprop
 from rmsprop_jax.interop import _named

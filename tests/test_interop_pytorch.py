@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden.checkpoints import case_name, ORIGIN
 from interop_helpers import checkpoint, entry, group
-from resume import convert, NAMES, ORIGIN, recorded
+from recordings import from_torch_layout as convert, NAMES, state_dict
 
 from rmsprop_jax import carry_over, dialects, interop, rmsprop
 
@@ -431,7 +432,7 @@ def test_other_things_than_an_optimizer_s_state_dict():
 
 
 def torch_checkpoint(**options):
-    return recorded("torch", options or {"momentum": 0.9, "centered": True}).checkpoint
+    return state_dict(case_name("torch", options or {"momentum": 0.9, "centered": True}))
 
 
 def read(checkpoint, names=NAMES, convert=convert):
@@ -487,7 +488,7 @@ def test_transposed_shapes():
 
 
 def test_timm_is_not_pytorch():
-    timm = recorded("timm", {"momentum": 0.9}).checkpoint
+    timm = state_dict("timm,momentum=0.9")
     with pytest.raises(
         ValueError, match="this is timm's checkpoint, whose momentum_buffer holds the learning rate: use from_timm"
     ):

@@ -1,44 +1,36 @@
-"""Runs that stopped in another framework and go on here, from recorded checkpoints."""
+"""Runs that stopped in PyTorch, timm or TensorFlow 1, and go on here. (The others are in the files of their readers.)"""
 
 import pytest
-import resume
-from resume import (
-    case_name,
-    CASES,
-    convert,
-    dialect_of,
-    difference,
-    END,
-    limit,
-    ORIGIN,
-    RECORDED,
-    recorded,
-    SOURCES,
-    STOP,
-)
+from golden.checkpoints import case_name, HERE, recorded, ROWS, STOP
+from recordings import check_goes_on, from_torch_layout, from_underscores, NAMES, others, state_dict
+
+from rmsprop_jax import dialects, interop
 
 
-IDS = [case_name(*case) for case in CASES]
+READ = {
+    "torch": (dialects.pytorch, lambda name: interop.from_pytorch(state_dict(name), NAMES, from_torch_layout)),
+    "timm": (dialects.timm, lambda name: interop.from_timm(state_dict(name), NAMES, from_torch_layout)),
+    "tensorflow1-graph": (
+        dialects.tensorflow1,
+        lambda name: interop.from_tensorflow1(recorded(name)["checkpoint"]["slots"], from_underscores, count=STOP),
+    ),
+}
+CASES = [(name, options) for name in READ for options in ROWS[name].cases]
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[case_name(*case) for case in CASES])
 def test_resumes_a_recorded_run(name, options):
-    run, source = recorded(name, options), SOURCES[name]
-    state = source.read(run.checkpoint)
-    assert state.count == STOP
-    assert (state.mu is None, state.trace is None) == ("centered" not in options, "momentum" not in options)
-    end, _ = resume.run_ours(dialect_of(source, name, options), state, run.middle, STOP, END)
-    assert difference(end, run.end) < limit(name, options)
-    # Without the state it is another run: the test can fail.
-    afresh, _ = resume.run_ours(
-        dialect_of(source, name, options),
-        dialect_of(source, name, options).init(convert(ORIGIN))._replace(count=state.count),
-        run.middle,
-        STOP,
-        END,
-    )
-    assert difference(afresh, run.end) > 1e-4
+    dialect, read = READ[name]
+    check_goes_on(dialect, options, read(case_name(name, options)), recorded(case_name(name, options)))
 
 
-def test_every_recorded_run_is_read():
-    assert {path.stem for path in RECORDED.glob("*.npz")} == set(IDS)
+@pytest.mark.parametrize(("_", "optimizer", "forms"), others("torch"), ids=lambda x: x if isinstance(x, str) else "")
+def test_other_optimizers_of_pytorch_are_refused(_, optimizer, forms):
+    with pytest.raises(ValueError, match="not the checkpoint of RMSprop, but of"):
+        interop.from_pytorch(forms["state_dict"], NAMES)
+
+
+def test_every_recording_has_its_row():
+    made = {case_name(name, options) for name, row in ROWS.items() for options in row.cases}
+    made |= {f"{name},others" for name, row in ROWS.items() if row.others}
+    assert {file.name.removesuffix(".json.gz") for file in (HERE / "checkpoints").iterdir()} == made

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from resume import convert, recorded
+from golden.checkpoints import recorded
+from recordings import from_underscores
 
 from rmsprop_jax import interop, rmsprop
 
@@ -41,9 +42,9 @@ def test_tensorflow1_names():
 
 
 def test_a_slot_that_is_missing():
-    slots = recorded("tensorflow", {"momentum": 0.9}).checkpoint
+    slots = recorded("tensorflow1-graph,momentum=0.9")["checkpoint"]["slots"]
     with pytest.raises(ValueError, match=r"lacks {'RMSProp_1': \['fc_bias'\]}"):
-        interop.from_tensorflow1({k: v for k, v in slots.items() if k != "fc_bias/RMSProp_1"}, convert)
+        interop.from_tensorflow1({k: v for k, v in slots.items() if k != "fc_bias/RMSProp_1"}, from_underscores)
 
 
 def test_the_global_step_wherever_it_lies():

@@ -10,6 +10,7 @@ import collections
 import copy
 import gzip
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -29,7 +30,7 @@ CONSTANT = float(RATES[STOP])
 MOMENTUM, CENTERED = {"momentum": 0.9}, {"centered": True}
 BOTH = {**MOMENTUM, **CENTERED}
 
-# A convolution and a dense layer, in PyTorch's layout: the model and the gradients of resume.py.
+# A convolution and a dense layer, in PyTorch's layout: small, and so that converting transposes.
 SHAPES = {"conv.weight": (4, 2, 3, 3), "fc.weight": (3, 8), "fc.bias": (3,)}
 _rng = np.random.default_rng(1)
 ORIGIN = {k: _rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
@@ -199,6 +200,32 @@ def tensorflow1_optimizer(name):
     return make
 
 
+def tensorflow1_graph():
+    """A graph and a session, as version 1 has them."""
+
+    def start(options):
+        import tensorflow as tf
+
+        v1 = tf.compat.v1
+        with tf.Graph().as_default() as graph:
+            ps = {k: v1.get_variable(k.replace(".", "_"), initializer=v) for k, v in ORIGIN.items()}
+            gs = {k: v1.placeholder(tf.float32, v.shape) for k, v in ORIGIN.items()}
+            rate = v1.placeholder(tf.float32, ())
+            optimizer = v1.train.RMSPropOptimizer(rate, **options)
+            update = optimizer.apply_gradients([(gs[k], ps[k]) for k in ps])
+            slots = {v.op.name: v for v in optimizer.variables()}
+            session = v1.Session(graph=graph)
+            session.run(v1.global_variables_initializer())
+
+        def advance(t):
+            g = grads(session.run(ps), t)
+            session.run(update, dict([(gs[k], g[k]) for k in g] + [(rate, RATES[t])]))
+
+        return advance, lambda: session.run(ps), lambda: {"slots": session.run(slots)}
+
+    return start
+
+
 def sonnet_model(tf):
     import sonnet as snt
 
@@ -254,19 +281,27 @@ def keras2(name="RMSprop"):
     return start
 
 
-# --- bitsandbytes, Paddle, MindSpore, MLX -----------------------------------------------------------------
+# --- PyTorch, Paddle, MindSpore, MLX ----------------------------------------------------------------------
 
 
-def bitsandbytes(name):
-    table = name.endswith("8bit")  # small tensors stay in 32
+def past_init(module):
+    """A module of a package whose __init__ imports more than its optimizer needs: torch alone."""
+    packages = module.split(".")[:-1]
+    for i in range(len(packages)):
+        name = ".".join(packages[: i + 1])
+        sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
+    return importlib.import_module(module)
+
+
+def torch_run(find, table=False):
+    """A run of the class that `find` returns; with a tensor that is large enough for 8 bits, or without."""
 
     def start(options):
-        import bitsandbytes as bnb
         import torch
 
         origin = {**ORIGIN, TABLE: TABLE_ORIGIN} if table else ORIGIN
         ps = {k: torch.nn.Parameter(torch.from_numpy(v.copy())) for k, v in origin.items()}
-        optimizer = getattr(bnb.optim, name)(list(ps.values()), lr=float(RATES.max()), **options)
+        optimizer = find()(list(ps.values()), lr=float(RATES.max()), **options)
 
         def params():
             return {k: p.detach().numpy().copy() for k, p in ps.items()}
@@ -284,15 +319,34 @@ def bitsandbytes(name):
         def saved():
             forms = {"state_dict": optimizer.state_dict()}
             if table:
-                state = optimizer.state[ps[TABLE]]
-                quantized = dict(absmax=state["absmax1"], code=state["qmap1"], blocksize=256)
-                nu = bnb.functional.dequantize_blockwise(state["state1"], **quantized)
-                forms["last rows of nu"] = {"nu": nu[-6:]}
+                forms["last rows of nu"] = {"nu": decoded(optimizer.state[ps[TABLE]])[-6:]}
             return forms
 
         return advance, params, saved
 
     return start
+
+
+def torch(name="RMSprop"):
+    return torch_run(lambda: getattr(importlib.import_module("torch.optim"), name))
+
+
+def timm():
+    # timm imports torchvision, which CPU builds lack.
+    return torch_run(lambda: past_init("timm.optim.rmsprop_tf").RMSpropTF)
+
+
+def bitsandbytes(name):
+    table = name.endswith("8bit")  # small tensors stay in 32
+    return torch_run(lambda: getattr(importlib.import_module("bitsandbytes.optim"), name), table)
+
+
+def decoded(state):
+    import bitsandbytes as bnb
+
+    return bnb.functional.dequantize_blockwise(
+        state["state1"], absmax=state["absmax1"], code=state["qmap1"], blocksize=256
+    )
 
 
 def paddle(name="RMSProp", scheduler=True):
@@ -416,6 +470,7 @@ def tensorflow1(name="RMSProp"):
 
 
 EPSILON = {"epsilon": EPS}
+TORCHS = [dict(o, eps=EPS) for o in (MOMENTUM, BOTH, CENTERED)]
 ALL = [{**o, **EPSILON} for o in (MOMENTUM, BOTH, CENTERED)]
 MIXED = [{**MOMENTUM, **EPSILON, "mixed": True}]
 OTHERS = {"Adam": {}, "SGD": MOMENTUM, "Adagrad": {}, "Adadelta": {}, "Ftrl": {}}
@@ -435,6 +490,14 @@ ROWS = {
         ALL[:2],
         {"Adam": {}, "Momentum": MOMENTUM, "Adagrad": {}},
     ),
+    "tensorflow1-graph": Row(["tensorflow"], tensorflow1_graph, ALL[:2], {}),
+    "torch": Row(
+        ["torch"],
+        torch,
+        TORCHS + [dict(MOMENTUM, weight_decay=0.1, eps=EPS)],
+        {"Adam": {}, "SGD": MOMENTUM, "Adagrad": {}},
+    ),
+    "timm": Row(["timm.version", "torch"], timm, TORCHS, {}),
     "bitsandbytes-32bit": Row(
         ["bitsandbytes", "torch"], bitsandbytes, [{"eps": EPS}], {"Adam32bit": {}, "Lion32bit": {}}
     ),
