@@ -26,9 +26,12 @@ LOWER_BOUNDS = [re.sub(r">=([^,]+).*", r"==\1", dependency) for dependency in PR
 # imported beside TensorFlow, so Paddle, MindSpore and MLX are compared as recorded.
 FRAMEWORKS = ["torch==2.13.0", "keras==3.15.1", "tensorflow==2.21.0", "tf_keras==2.21.0", "dm-sonnet==2.0.2"]
 FRAMEWORKS += ["sbx-rl==0.28.0", "tfp-nightly==0.26.0.dev20261027", "gymnasium", "pandas", "cloudpickle"]
+FRAMEWORKS += ["hydra-core==1.3.8", "fiddle==0.3.1", "gin-config==0.5.0", "jsonargparse==4.53.0"]
 # Without their dependencies, which would replace torch: their optimizers need torch alone.
-ALONE = ["timm==1.0.31", "stable-baselines3==2.9.2", "bitsandbytes==0.50.2", "pfrl==0.4.0"]
+ALONE = ["timm==1.0.31", "stable-baselines3==2.9.2", "bitsandbytes==0.50.2", "pfrl==0.4.0", "kauldron==1.4.4"]
+FRAMEWORKS += ["etils[ecolab,enp,epath,epy]", "immutabledict", "tqdm", "wrapt"]  # what kauldron's konfig imports
 LIVE = "torch timm stable-baselines3 pfrl bitsandbytes keras tf-keras tensorflow dm-sonnet sbx-rl"
+LIVE += " hydra-core fiddle gin-config jsonargparse kauldron"
 
 nox.options.error_on_missing_interpreters = True
 nox.options.stop_on_first_error = True
@@ -137,7 +140,7 @@ def live(session):
     session.install("-e", ".[test,notebooks]", *FRAMEWORKS)
     session.install("--no-deps", *ALONE)
     environment = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    names = ["live", "live_checkpoints", "interop_live", "projects"]
+    names = ["live", "live_checkpoints", "interop_live", "live_pages", "projects"]
     tests(session, *(f"tests/test_{name}.py" for name in names), RMSPROP_JAX_LIVE=LIVE, **environment)
     session.env.update(environment)
     execute(session, "notebooks/dialects.ipynb")

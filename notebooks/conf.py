@@ -40,6 +40,11 @@ python_maximum_signature_line_length = 80
 
 html_theme = "furo"
 html_title = project
+html_theme_options = {
+    "source_repository": PROJECT["urls"]["Source"],
+    "source_branch": "main",
+    "source_directory": "notebooks/",
+}
 html_static_path, html_css_files, html_favicon = ["static"], ["site.css"], "static/favicon.svg"
 pygments_style, pygments_dark_style = "default", "github-dark"
 

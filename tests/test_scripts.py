@@ -3,6 +3,7 @@
 import collections
 import pathlib
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ SCRIPTS = sorted((pathlib.Path(__file__).parents[1] / "notebooks" / "scripts").g
 
 STEPS, SAVED, LOGGED, ACCUMULATED = 120, 30, 20, 4
 ARGUMENTS = ["--steps", str(STEPS), "--save-every", str(SAVED), "--log-every", str(LOGGED)]
+ARGUMENTS += ["--accumulate", str(ACCUMULATED), "--average"]
 
 # Runs a script, and kills it as it is about to save for the second time.
 KILLED = """
@@ -98,7 +100,7 @@ def test_the_scripts_are_found():
 
 # One test for each script, because each check needs the same three runs.
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_killed_run_ends_with_the_same_bits(script, tmp_path, subtests):
+def test_a_killed_run_ends_with_the_same_bits(script, tmp_path, subtests, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process, victim = started(whole, script), started(killed, "-c", KILLED, script)
     stdout = finished(process)
@@ -114,7 +116,12 @@ def test_a_killed_run_ends_with_the_same_bits(script, tmp_path, subtests):
         assert all(np.abs(x).max() > 0 for x in found(middle, "acc_grads"))
         assert_equal(saved(killed, STEPS), saved(whole, STEPS))
     with subtests.test("dtypes"):
-        check_dtypes(saved(whole, STEPS), rest=script.stem != "train_linen")
+        check_dtypes(saved(whole, STEPS))
+    with subtests.test("bytes"):
+        assert "11.00 bytes per parameter, of which accumulation 4, average 4\n" in stdout
+        short = runpy.run_path(str(script))["main"]
+        short(["--steps", "2", "--out", str(tmp_path / "short")])
+        assert "\n3.00 bytes per parameter\n" in capsys.readouterr().out
     with subtests.test("accuracy"):
         accuracies, resumed = (re.findall("test accuracy.*", text) for text in (stdout, resumed_stdout))
         assert len(accuracies) == 2
@@ -124,8 +131,8 @@ def test_a_killed_run_ends_with_the_same_bits(script, tmp_path, subtests):
         check_events(logged(whole), logged(killed), with_updates=script.stem == "train_equinox")
 
 
-def check_dtypes(end, rest):
-    expected = {"nu": {"uint8"}, "rest": {"int8"} if rest else set(), "acc_grads": {"float32"}}
+def check_dtypes(end):
+    expected = {"nu": {"uint8"}, "rest": set(), "acc_grads": {"float32"}}
     assert {name: {str(x.dtype) for x in found(end, name)} for name in expected} == expected
     sizes = collections.Counter()
     for x in jax.tree.leaves(end):

@@ -153,7 +153,7 @@ def memory() -> None:
         "rmsprop_jax, four bytes",
         "rmsprop_jax, three bytes",
     )
-    rows = pages.peaks_on_the_front_page()
+    rows = pages.peaks_by_chip()
     rows = [*rows[:3], rows[4], rows[3]]
     figure, panel = plt.subplots(figsize=(9, 3))
     for i, row in enumerate(rows):

@@ -63,7 +63,7 @@ def peak(name: str, chip: str, size: str = SMALL) -> float | None:
     return found[0]["peak"] if found else None
 
 
-def peaks_on_the_front_page() -> list[Row]:
+def peaks_by_chip() -> list[Row]:
     return [
         {
             "optimizer": label,
@@ -79,7 +79,7 @@ def peaks_on_the_front_page() -> list[Row]:
 
 def peaks() -> list[Row]:
     rows = []
-    for line, (_, there, here) in zip(peaks_on_the_front_page(), HELD, strict=True):
+    for line, (_, there, here) in zip(peaks_by_chip(), HELD, strict=True):
         cpu = only(read("memory")["memory"], training_step=OLD.get(here, here))
         rows.append(
             line
@@ -280,7 +280,6 @@ RUN = "python tests/benchmarks/"
 ACCELERATORS = f"{RUN}accelerators.py --json tests/benchmarks/results/"
 # Each table with the results that it is made of, and the commands that make these.
 TABLES: dict[str, tuple[Callable[[], list[Row]], dict[str, str]]] = {
-    "peaks on the front page": (peaks_on_the_front_page, {}),
     "peaks": (
         peaks,
         {
