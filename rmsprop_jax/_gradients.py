@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _pytree, _storage
+from . import _storage, _trees
 
 
 def scale(factor: Any) -> optax.GradientTransformation:
@@ -44,18 +44,18 @@ def _before(change: _Change, number: Any, params_for: str | None = None) -> opta
     """
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        updates = _pytree.without_float0(updates)
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
-        live = [i for i, leaf in enumerate(leaves) if _trains(leaf)]
+        flat = leaves, treedef = _trees.flatten(_trees.without_float0(updates))
+        grads = [grad for _, grad in leaves]
+        live = [i for i, grad in enumerate(grads) if _trains(grad)]
         theirs = None
         if params_for is not None and live:
             if params is None:
                 raise ValueError(f"{params_for} needs params: call update(updates, state, params)")
-            column = treedef.flatten_up_to(_pytree.params_with_gradients(updates, params, None))
+            column = _trees.params_with_gradients(flat, params)
             theirs = [column[i] for i in live]
-        for i, new in zip(live, _changed(change, number, [leaves[i] for i in live], theirs), strict=True):
-            leaves[i] = new
-        return treedef.unflatten(leaves)
+        for i, new in zip(live, _changed(change, number, [grads[i] for i in live], theirs), strict=True):
+            grads[i] = new
+        return treedef.unflatten(grads)
 
     return optax.stateless(update)
 

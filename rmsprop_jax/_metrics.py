@@ -13,7 +13,7 @@ import optax
 from jax.tree_util import keystr
 from jax.typing import ArrayLike
 
-from . import _carry, _checks, _pytree, _states, _storage
+from . import _carry, _checks, _states, _storage, _trees
 from ._rmsprop import _abs_sq
 from ._states import Accumulators, Name
 from ._text import listed, repeated
@@ -368,7 +368,7 @@ def _fitting(
 
 
 def _trains(kind: str, name: Name, x: Any) -> bool:
-    return jnp.issubdtype(_pytree.checked_dtype(f"{kind}{_states.shown(name)}", (), x), jnp.inexact)
+    return jnp.issubdtype(_trees.checked_dtype(f"{kind}{_states.shown(name)}", (), x), jnp.inexact)
 
 
 def _listed(names: Iterable[Name]) -> str:

@@ -22,8 +22,11 @@ def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
         # here: its calls for arrays of one shape are lowered once, and share one sharding.)
         never = jax.lax.bitwise_and(jax.lax.ne(param, param), jax.lax.eq(param, param))
         zero = jax.lax.convert_element_type(never, dtype)
-        # A parameter may live in host memory, where nothing can be added to it.
-        array = jax.lax.add(array, jax.device_put(zero, jax.memory.Space.Device))
+        # A parameter may live in host memory, where nothing can be added to it. (Only then: jax.shard_map refuses
+        # device_put outside of jax.jit.)
+        if jax.typeof(zero).memory_space != jax.memory.Space.Device:
+            zero = jax.device_put(zero, jax.memory.Space.Device)
+        array = jax.lax.add(array, zero)
     return array
 
 

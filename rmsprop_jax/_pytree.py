@@ -3,6 +3,7 @@
 Nothing here knows the equations.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -11,10 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax import export
+from jax.tree_util import keystr
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _bits, _placement, _storage
+from . import _bits, _placement, _storage, _trees
+
+
+__all__ = ["Rule", "Slot", "exportable", "transformation"]
 
 
 class Slot(NamedTuple):
@@ -44,7 +49,7 @@ class Rule(Protocol):
         ...
 
 
-def lift(
+def transformation(
     rule: Rule,
     hyperparameters: Callable[[jax.Array], Any],
     state_type: type[Any],
@@ -53,7 +58,7 @@ def lift(
     needs_params: str | None = None,
     params_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lifts a rule for one array to a gradient transformation.
+    """The transformation that applies a rule to each leaf.
 
     Args:
         rule: the update of one array.
@@ -69,7 +74,7 @@ def lift(
     def init(params: optax.Params) -> Any:
         def build(slot: Slot) -> optax.Params:
             def leaf(path: Any, param: Any) -> jax.Array | None:
-                dtype = checked_dtype("parameter", path, param)
+                dtype = _trees.checked_dtype("parameter", path, param)
                 if not jnp.issubdtype(dtype, jnp.inexact):
                     return None
                 dtype = _storage.compute_dtype(dtype)
@@ -85,18 +90,28 @@ def lift(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        updates = without_float0(updates)
+        updates = _trees.without_float0(updates)
         _check_state(rule, state, state_type, updates)
+        params_column = None
         if needs_params is None:
-            _check_kinds(updates, params)
-            params = None
+            _trees.check_kinds(updates, params)
         elif params is None:
             raise ValueError(f"{needs_params} needs params: call update(updates, state, params)")
         else:
-            params = params_with_gradients(updates, params, params_mask)
-        return _update(rule, hyperparameters(state.count), updates, state, params, extra_args.get("layer"))
+            params_column = _trees.params_with_gradients(_trees.flatten(updates), params, params_mask)
+        return _update(rule, hyperparameters(state.count), updates, state, params_column, extra_args.get("layer"))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def exportable(state_type: type[Any]) -> type[Any]:
+    """Lets :mod:`jax.export` serialize programs whose arguments or results hold this NamedTuple."""
+    # When a module is reloaded, the class of the first load stays registered.
+    with contextlib.suppress(ValueError):
+        export.register_namedtuple_serialization(
+            state_type, serialized_name=f"{state_type.__module__}.{state_type.__name__}"
+        )
+    return state_type
 
 
 # --- The compiled update ------------------------------------------------------------------------------------
@@ -106,7 +121,7 @@ def lift(
 # in each step; it finds the update that the previous one compiled.
 @functools.partial(jax.jit, static_argnames="rule", inline=True)
 def _update(
-    rule: Rule, hyperparameters: Any, updates: optax.Updates, state: Any, params: optax.Params | None, layer: Any
+    rule: Rule, hyperparameters: Any, updates: optax.Updates, state: Any, params: list[Any] | None, layer: Any
 ) -> tuple[optax.Updates, Any]:
     count = jnp.asarray(optax.safe_increment(state.count))
 
@@ -118,25 +133,23 @@ def _update(
     def seed(slot: str) -> _bits.Seed:
         return _bits.seeds(count, slot)
 
-    leaves, treedef = flatten(updates)
-    columns = {slot.name: column(updates, getattr(state, slot.name), f"state.{slot.name}") for slot in rule.slots}
-    params_column = [None] * len(leaves) if params is None else column(updates, params, "params")
+    flat = leaves, treedef = _trees.flatten(updates)
+    columns = {slot.name: _trees.column(flat, getattr(state, slot.name), f"state.{slot.name}") for slot in rule.slots}
 
     steps: list[Any] = [None] * len(leaves)
     for i, (path, grad) in enumerate(leaves):
         if grad is None:
             continue
+        param = None if params is None else params[i]
         encoded = {name: leaves_of_slot[i] for name, leaves_of_slot in columns.items()}
-        _check_leaf(rule, path, grad, params_column[i], encoded)
+        _check_leaf(rule, path, grad, param, encoded)
         dtype = np.result_type(*(_storage.compute_dtype(jnp.result_type(x)) for x in (grad, *encoded.values())))
         seeds = {
             name: _bits.within_stack(seed(name), layer, x.shape)
             for name, x in encoded.items()
             if _storage.is_rounded(x.dtype)
         }
-        steps[i], new = _update_array(
-            rule, dtype, scalars(_storage.real_dtype(dtype)), seeds, grad, params_column[i], encoded
-        )
+        steps[i], new = _update_array(rule, dtype, scalars(_storage.real_dtype(dtype)), seeds, grad, param, encoded)
         for name, x in new.items():
             columns[name][i] = x
     trees = {name: treedef.unflatten(leaves_of_slot) for name, leaves_of_slot in columns.items()}
@@ -184,11 +197,11 @@ def _check_state(rule: Rule, state: Any, state_type: type[Any], updates: optax.U
 
 
 def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[str, Any]) -> None:
-    dtype = checked_dtype("gradient", path, grad)
+    dtype = _trees.checked_dtype("gradient", path, grad)
     if any(x is None for x in encoded.values()):
         raise TypeError(
-            f"gradient{keystr(path)} has dtype {dtype}, but its parameter has no state, as integers and "
-            "booleans have none: allowed are None and float0"
+            f"gradient{keystr(path)} has dtype {dtype}, but its parameter is an integer or boolean and does not "
+            "train: pass None or float0"
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"gradient{keystr(path)} has dtype {dtype}: allowed are floating and complex dtypes")
@@ -199,99 +212,4 @@ def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[s
             )
     for other in [param, *(encoded[slot.name] for slot in rule.slots if not slot.non_negative)]:
         if other is not None:
-            _check_kind(path, grad, other)
-
-
-def _check_kinds(updates: optax.Updates, params: Any) -> None:
-    """Parameters that the update does not need still tell which gradients should be complex."""
-    if params is None or jax.tree.structure(params) != jax.tree.structure(updates):
-        return
-    for (path, grad), param in zip(tree_flatten_with_path(updates)[0], jax.tree.leaves(params), strict=True):
-        if hasattr(param, "dtype"):
-            _check_kind(path, grad, param)
-
-
-def _check_kind(path: Any, grad: Any, other: Any) -> None:
-    if jnp.iscomplexobj(grad) != jnp.iscomplexobj(other):
-        kinds = "complex, its parameter is real" if jnp.iscomplexobj(grad) else "real, its parameter is complex"
-        raise TypeError(f"gradient{keystr(path)} is {kinds}: both must be real or both complex")
-
-
-def checked_dtype(kind: str, path: Any, leaf: Any) -> Any:
-    """The dtype of a leaf, which must be a number or an array of numbers."""
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None and isinstance(leaf, (bool, int, float, complex)):
-        dtype = jnp.result_type(leaf)
-    if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
-        found = f"type {type(leaf).__name__}" if dtype is None else f"dtype {dtype}"
-        raise TypeError(
-            f"{kind}{keystr(path)} has {found}: allowed are arrays of numbers. Leave it out "
-            "with eqx.filter(tree, eqx.is_inexact_array) or optax.masked"
-        )
-    return dtype
-
-
-# --- Trees --------------------------------------------------------------------------------------------------
-
-
-def flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """Leaves with their paths, where None is a leaf: a gradient that is missing, or a state."""
-    return tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-
-
-def column(updates: optax.Updates, tree: Any, name: str, kind: str = "gradient") -> list[Any]:
-    """The leaves of `tree` in the order of the leaves of `updates`, or an error that names those without a partner."""
-    (leaves, treedef), (others, other_treedef) = flatten(updates), flatten(tree)
-    if treedef == other_treedef:
-        return [leaf for _, leaf in others]
-    ours, theirs = ({keystr(path) for path, _ in side} for side in (leaves, others))
-    lacking = [f"no {kind} for {path} of {name}" for path in sorted(theirs - ours)]
-    surplus = [f"no {path} in {name} for its {kind}" for path in sorted(ours - theirs)]
-    differences = "; ".join(lacking + surplus) or f"{treedef} is not {other_treedef}"
-    raise ValueError(f"the {kind}s must have the structure of {name}: {differences}")
-
-
-def params_with_gradients(updates: optax.Updates, params: optax.Params, mask: Any) -> optax.Params:
-    """`params` with None where there is no gradient or where the mask is False."""
-    leaves, treedef = flatten(updates)
-    given, selected = column(updates, params, "params"), column(updates, _masked(params, mask), "params")
-    for i, (path, grad) in enumerate(leaves):
-        if grad is None:
-            selected[i] = None
-        elif given[i] is None:
-            raise ValueError(f"params{keystr(path)} is None, and there is a gradient for it")
-        elif selected[i] is not None:
-            checked_dtype("parameter", path, selected[i])
-    return treedef.unflatten(selected)
-
-
-def _masked(params: optax.Params, mask: Any) -> optax.Params:
-    """`params` with None where the mask is False."""
-    if mask is None:
-        return params
-
-    def select(path: Any, keep: Any, subtree: Any) -> Any:
-        if not isinstance(keep, (bool, np.bool_)):
-            raise TypeError(f"the mask{keystr(path)} has type {type(keep).__name__}: allowed are True and False")
-        return subtree if keep else jax.tree.map(lambda _: None, subtree)
-
-    tree = mask(params) if callable(mask) else mask
-    try:
-        return jax.tree.map_with_path(select, tree, params)
-    except ValueError as error:
-        raise ValueError(f"the mask must be a tree like the parameters', or a prefix of it: {error}") from None
-
-
-def without_float0(updates: optax.Updates) -> optax.Updates:
-    """Gradients of integers, as jax.grad(..., allow_int=True) makes them, become None. All others must be arrays."""
-    leaves = jax.tree.leaves(updates)
-    if all(isinstance(x, jax.Array) for x in leaves):
-        return updates
-
-    def leaf(path: Any, grad: Any) -> Any:
-        if getattr(grad, "dtype", None) == jax.dtypes.float0:
-            return None
-        checked_dtype("gradient", path, grad)
-        return grad
-
-    return jax.tree.map_with_path(leaf, updates)
+            _trees.check_kind(path, grad, other)

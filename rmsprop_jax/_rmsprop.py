@@ -15,9 +15,13 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _checks, _equality, _pytree, _storage
+from . import _checks, _equality, _pytree, _storage, _trees
 
 
+__all__ = ["RMSPropState", "powers", "rmsprop", "scale_by_rms"]
+
+
+@_pytree.exportable
 class RMSPropState(NamedTuple):
     """The state of RMSProp: trees shaped like the parameters, `None` where an option is off."""
 
@@ -159,10 +163,14 @@ def rmsprop(
         lr_in_momentum=lr_in_momentum,
         decoupled=decoupled,
     )
-    if nesterov and momentum is None:
-        raise ValueError("nesterov=True needs momentum, got momentum=None")
-    if weight_decay_mask is not None and weight_decay is None:
-        raise ValueError("weight_decay_mask needs weight_decay, got weight_decay=None")
+    for option, name, value in (
+        ("nesterov=True" if rule.nesterov else None, "momentum", momentum),
+        (None if rule.lr_in_momentum else "lr_in_momentum=False", "momentum", momentum),
+        (None if rule.decoupled else "decoupled=False", "weight_decay", weight_decay),
+        (None if weight_decay_mask is None else "weight_decay_mask", "weight_decay", weight_decay),
+    ):
+        if option is not None and value is None:
+            raise ValueError(f"{option} needs {name}, got {name}=None")
     return _transformation(
         rule,
         learning_rate,
@@ -231,7 +239,7 @@ def scale_by_rms(
         :func:`optax.scale_by_adam` with `b1=0`, and keeps no first moment.
     """
     rule = _Rule(eps_in_sqrt=eps_in_sqrt, centered=centered, bias_correction=bias_correction)
-    # p ← p - αu with α = -1: the update is u itself.
+    # With α = -1, the update -αu is u itself.
     return _transformation(rule, -1.0, decay=decay, eps=eps, initial_scale=initial_scale, state_dtype=state_dtype)
 
 
@@ -239,7 +247,7 @@ def scale_by_rms(
 
 
 class _Scalars(NamedTuple):
-    """The scalars of the rule, computed once for all leaves: every operation takes time to compile."""
+    """The scalars of the rule, computed once for all leaves."""
 
     learning_rate: Any
     decay: Any
@@ -251,8 +259,10 @@ class _Scalars(NamedTuple):
     minus_learning_rate: Any = None
     variance_gain: Any = None  # (1-ρ)/ρ
     decay_power: Any = None  # ρᵗ
-    one_minus_power: Any = None  # 1 - ρᵗ
-    nonzero_eps: Any = None  # the denominator where the average is 0: ε, or 1 if ε is 0
+    bias: Any = None  # ν/ν̂ if not centered: 1 - ρᵗ, or 1 without a correction
+    least: Any = None  # a smaller ν̂ counts as 0
+    at_zero: Any = None  # what stands for the sum with ε there: ε, or 1 if ε is 0
+    root_gain: Any = None  # √ν̂ / |g| if all gradients were equal; 0 if centered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,14 +275,12 @@ class _Rule:
     momentum: bool = False
     nesterov: bool = False
     lr_in_momentum: bool = True
-    decoupled: bool = False
-    eps_may_be_zero: bool = True  # False leaves out a guard, which takes time to compile
+    decoupled: bool = True
+    eps_may_be_tiny: bool = True  # False leaves out guards, which take time to compile
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            # A traced flag, or the string "no", would count as True.
-            if not isinstance(value, (bool, np.bool_)):
-                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: allowed are True and False")
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _checks.flag(name, value))
 
     @property
     def slots(self) -> tuple[_pytree.Slot, ...]:
@@ -283,20 +291,34 @@ class _Rule:
         return (nu, *mu, *trace)
 
     def scalars(self, count: jax.Array, hyperparameters: _Scalars) -> _Scalars:
-        decay, eps = hyperparameters.decay, hyperparameters.eps
-        tiny = jnp.finfo(decay.dtype).tiny
-        decay_power = decay ** count.astype(decay.dtype)
-        return hyperparameters._replace(
+        decay, one_minus_decay = hyperparameters.decay, hyperparameters.one_minus_decay
+        tiny = float(jnp.finfo(decay.dtype).tiny)
+        power, one_minus_power = powers(decay, one_minus_decay, count)
+        scalars = hyperparameters._replace(
             minus_learning_rate=-hyperparameters.learning_rate,
             # Two selects, because the derivative of the branch that is not selected must be finite as well.
-            variance_gain=jnp.where(
-                decay > tiny, hyperparameters.one_minus_decay / jnp.where(decay > tiny, decay, 1), 0
-            ),
-            decay_power=decay_power,
+            variance_gain=jnp.where(decay > tiny, one_minus_decay / jnp.where(decay > tiny, decay, 1), 0),
+            decay_power=power,
             # An average that never moves, at ρ = 1, has no bias.
-            one_minus_power=_one_for_zero(1 - decay_power),
-            # The largest g that is not clipped, divided by this, is finite.
-            nonzero_eps=jnp.where(eps == 0, 1, jnp.maximum(eps, float(tiny) ** 0.5)),
+            bias=jnp.where(one_minus_power < tiny, 1, one_minus_power) if self.bias_correction else 1,
+            least=tiny,
+            at_zero=hyperparameters.eps,
+        )
+        return self._with_guards(scalars, one_minus_power, tiny) if self.eps_may_be_tiny else scalars
+
+    def _with_guards(self, scalars: _Scalars, one_minus_power: jax.Array, tiny: float) -> _Scalars:
+        # An update loses (1-ρ)|g|² if that is below `tiny`, so ν̂ can be too small by tiny / (1-ρ). (Some machines keep
+        # such subnormal numbers. Here they count as 0 on every machine.)
+        least = tiny / jnp.where(scalars.one_minus_decay < tiny, 1, scalars.one_minus_decay)
+        gain = 0 if self.centered else jnp.sqrt(jax.lax.stop_gradient(one_minus_power / scalars.bias))
+        floor = least if self.eps_in_sqrt else jnp.where(gain > 0, 0, jnp.sqrt(least))
+        at_least = jnp.maximum(scalars.eps, jax.lax.stop_gradient(floor))
+        is_zero = scalars.eps < tiny
+        return scalars._replace(
+            eps=jnp.where(is_zero, 0, at_least) if self.eps_in_sqrt else scalars.eps,
+            least=jax.lax.stop_gradient(least),
+            at_zero=jnp.where(is_zero, 1, at_least),
+            root_gain=gain,
         )
 
     def __call__(
@@ -326,10 +348,9 @@ class _Rule:
             square = jnp.minimum(_abs_sq(grad), nu.largest)
             nu = new["nu"] = nu.set(scalars.decay * nu.value + scalars.one_minus_decay * square)
             second_moment = nu.value
-        nu_hat = second_moment / scalars.one_minus_power if self.bias_correction else second_moment
 
-        # grad - grad adds 0, but NaN for the inf that clipping hid.
-        u = g / self._denominator(scalars, nu_hat, grad - grad)
+        # grad - grad is 0, or NaN where grad is inf: clipping must not hide it.
+        u = g / self._denominator(scalars, second_moment, g, grad - grad)
 
         if scalars.momentum is not None:
             increment = scalars.learning_rate * u if self.lr_in_momentum else u
@@ -342,15 +363,28 @@ class _Rule:
             step = step + scalars.minus_learning_rate * scalars.weight_decay * param
         return step, new
 
-    def _denominator(self, scalars: _Scalars, nu_hat: jax.Array, zero: jax.Array) -> jax.Array:
-        # Where the denominator is 0, which takes ε = 0, g is divided by 1: an update of 0 for a gradient
-        # of 0. Subnormal numbers count as 0 on every machine, as they do on some. NaN passes. The selects
-        # keep the zero out of the root and the quotient, so that derivatives of any order are finite.
+    def _denominator(self, scalars: _Scalars, second_moment: jax.Array, g: jax.Array, zero: jax.Array) -> jax.Array:
+        # NaN passes. The selects keep the zero out of the root and the quotient, so that derivatives of any order are
+        # finite.
+        nu_hat = second_moment / scalars.bias if self.bias_correction else second_moment
+        is_zero = nu_hat < scalars.least
         if self.eps_in_sqrt:
             square = nu_hat + scalars.eps
-            return _sqrt_plus(_one_for_zero(square) if self.eps_may_be_zero else square, zero)
-        root = jnp.sqrt(_one_for_zero(nu_hat)) + scalars.eps
-        return jnp.where(_is_zero(nu_hat), scalars.nonzero_eps, root) + zero
+            return _sqrt_plus(jnp.where(is_zero, scalars.at_zero, square) if self.eps_may_be_tiny else square, zero)
+        at_zero = scalars.at_zero
+        if self.eps_may_be_tiny and not self.centered:
+            # |g| may be too small for its square and yet larger than ε. The root is then that of equal gradients.
+            at_zero = at_zero + scalars.root_gain * jax.lax.stop_gradient(jnp.abs(g))
+        return jnp.where(is_zero, at_zero, jnp.sqrt(jnp.where(is_zero, 1, nu_hat)) + scalars.eps) + zero
+
+
+def powers(decay: jax.Array, one_minus_decay: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """ρᵗ and 1 - ρᵗ, which is right also where float32 rounds ρ = 0.99999 by 0.1 percent of 1-ρ."""
+    t = count.astype(decay.dtype)
+    # Below, 1 - ρᵗ as Optax computes it is off by 1e-5 at most. So at 0.999 we equal optax.scale_by_adam.
+    short, power = decay < 0.9991, decay**t
+    exponent = t * jnp.log1p(-jnp.where(short, 0.5, one_minus_decay))  # 0.5: the logarithm of 0 has no derivative
+    return jnp.where(short, power, jnp.exp(exponent)), jnp.where(short, 1 - power, -jnp.expm1(exponent))
 
 
 def _sqrt_plus(x: jax.Array, zero: jax.Array) -> jax.Array:
@@ -363,14 +397,6 @@ def _sqrt_plus(x: jax.Array, zero: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
         x, zero, cpu=lambda x, zero: jnp.sqrt(x) + zero, default=lambda x, zero: jnp.sqrt(x + zero)
     )
-
-
-def _one_for_zero(x: jax.Array) -> jax.Array:
-    return jnp.where(_is_zero(x), 1, x)
-
-
-def _is_zero(x: jax.Array) -> jax.Array:
-    return x < jnp.finfo(x.dtype).tiny
 
 
 def _clip(g: jax.Array, limit: np.floating) -> jax.Array:
@@ -406,8 +432,8 @@ def _transformation(
             "with optax.inject_hyperparams, set hyperparam_dtype=jnp.float32",
             stacklevel=3,
         )
-    state_dtype, weight_decay_mask = _checked_state_dtype(state_dtype), _checked_mask(weight_decay_mask)
-    arguments = (learning_rate, decay, eps, initial_scale, momentum, weight_decay, weight_decay_mask, state_dtype)
+    state_dtype, mask = _storage.requested_dtype(state_dtype), _trees.checked_mask(weight_decay_mask)
+    arguments = (learning_rate, decay, eps, initial_scale, momentum, weight_decay, mask, state_dtype)
     if not callable(learning_rate):
         learning_rate = _checks.number("learning_rate", learning_rate, lower=-math.inf)
     decay, eps = _checks.number("decay", decay, upper=1.0), _checks.number("eps", eps)
@@ -415,46 +441,28 @@ def _transformation(
     if not (weight_decay is None or callable(weight_decay)):
         weight_decay = _checks.number("weight_decay", weight_decay)
     initial = {"nu": _checks.number("initial_scale", initial_scale)}
-    eps_may_be_zero = isinstance(eps, jax.Array) or bool(eps < jnp.finfo(jnp.float32).tiny)
-    rule = dataclasses.replace(rule, eps_may_be_zero=eps_may_be_zero)
-    needs_params = None if weight_decay is None else "weight_decay"
+    # Others are far above what ν or its root can lose.
+    eps_may_be_tiny = isinstance(eps, jax.Array) or bool(eps < (1e-20 if rule.eps_in_sqrt else 1e-10))
+    rule = dataclasses.replace(rule, eps_may_be_tiny=eps_may_be_tiny)
 
     def hyperparameters(count: jax.Array) -> _Scalars:
         rate = _value("learning_rate", learning_rate, count, lower=-math.inf)
-        shrinkage = _value("weight_decay", weight_decay, count)
+        strength = _value("weight_decay", weight_decay, count)
         # 1 - ρ here, in the precision of a Python float: in float32, 1 - 0.999 is off by 1e-5.
-        return _Scalars(rate, decay, 1 - decay, eps, momentum, shrinkage)
+        return _Scalars(rate, decay, 1 - decay, eps, momentum, strength)
 
-    tx = _pytree.lift(rule, hyperparameters, RMSPropState, initial, state_dtype, needs_params, weight_decay_mask)
+    tx = _pytree.transformation(
+        rule,
+        hyperparameters,
+        RMSPropState,
+        initial,
+        state_dtype,
+        needs_params=None if weight_decay is None else "weight_decay",
+        params_mask=mask,
+    )
     return _equality.equal_by_arguments(tx, (rule, *arguments))
 
 
 def _value(name: str, number: Any, count: jax.Array, lower: float = 0.0) -> Any:
     """A number, or the value of a schedule."""
     return _checks.number(f"{name}(count)", number(count), lower=lower) if callable(number) else number
-
-
-def _checked_mask(mask: Any) -> Any:
-    if isinstance(mask, (bool, np.bool_, jax.Array, np.ndarray)):
-        # optax.inject_hyperparams calls whatever can be called, with the count.
-        raise TypeError(
-            f"weight_decay_mask is a single {type(mask).__name__}: allowed are a tree of booleans and a function of "
-            "the parameters; with optax.inject_hyperparams, add it to static_args"
-        )
-    return mask
-
-
-def _checked_state_dtype(value: Any) -> np.dtype | None:
-    if value is None:
-        return None
-    allowed = "allowed are None, jnp.bfloat16 and jnp.uint8"
-    if isinstance(value, (jax.Array, np.ndarray)):
-        # optax.inject_hyperparams calls every callable with the count, and jnp.uint8 is one.
-        raise ValueError(f"state_dtype is an array: {allowed}; with optax.inject_hyperparams, write them as strings")
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype not in _storage.STATE_DTYPES:
-        raise ValueError(f"state_dtype={value!r}: {allowed}")
-    return dtype

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
-from . import _bits, _checks, _equality, _placement, _pytree, _states, _storage
+from . import _bits, _checks, _equality, _placement, _pytree, _states, _storage, _trees
 from ._rmsprop import RMSPropState
 from ._text import listed
 
@@ -16,6 +16,7 @@ from ._text import listed
 __all__ = ["RoundParamsState", "params_in_bfloat16", "params_in_float32", "round_params_stochastically"]
 
 
+@_pytree.exportable
 class RoundParamsState(NamedTuple):
     """The state of :func:`round_params_stochastically`."""
 
@@ -108,7 +109,7 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
             )
         # The others pass through, and some may be no arrays: the functions of an Equinox module.
         params = jax.tree.map(lambda p: p if _is_bfloat16(p) else None, params)
-        return _update(_pytree.without_float0(updates), state, params, extra_args.get("layer"))
+        return _update(_trees.without_float0(updates), state, params, extra_args.get("layer"))
 
     return _equality.equal_by_arguments(optax.GradientTransformationExtraArgs(init, update), (keep_rest,))
 
@@ -206,13 +207,13 @@ def _update(
 ) -> tuple[optax.Updates, RoundParamsState]:
     step = jnp.asarray(optax.safe_increment(state.step))
     seed = _bits.seeds(step, "params")
-    leaves, treedef = _pytree.flatten(updates)
-    params_column = _pytree.column(updates, params, "params", "update")
+    flat = leaves, treedef = _trees.flatten(updates)
+    params_column = _trees.column(flat, params, "params", "update")
     new: list[Any] = [u for _, u in leaves]
     has_rest = state.rest is not None
     rests: list[Any] = [None] * len(new)
     if has_rest:
-        rests = _pytree.column(updates, state.rest, "state.rest", "update")
+        rests = _trees.column(flat, state.rest, "state.rest", "update")
     for i, ((path, u), p) in enumerate(zip(leaves, params_column, strict=True)):
         if u is None:
             continue

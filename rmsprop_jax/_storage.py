@@ -89,6 +89,23 @@ def is_rounded(dtype: DTypeLike) -> bool:
     return dtype in (*STATE_DTYPES, jnp.int8)
 
 
+def requested_dtype(value: DTypeLike | None) -> np.dtype | None:
+    """Checks the argument `state_dtype`."""
+    if value is None:
+        return None
+    allowed = "allowed are None, jnp.bfloat16 and jnp.uint8"
+    if isinstance(value, (jax.Array, np.ndarray)):
+        # optax.inject_hyperparams calls every callable with the count, and jnp.uint8 is one.
+        raise ValueError(f"state_dtype is an array: {allowed}; with optax.inject_hyperparams, write them as strings")
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype not in STATE_DTYPES:
+        raise ValueError(f"state_dtype={value!r}: {allowed}")
+    return dtype
+
+
 def state_dtype_of(dtype: DTypeLike, state_dtype: np.dtype | None, narrowest: DTypeLike) -> np.dtype:
     """The dtype that keeps an accumulator computed in `dtype`; `narrowest` where one byte is asked for.
 

@@ -169,7 +169,7 @@ def test_version_is_the_top_of_the_changelog():
 # Imports point down only. Nothing else of the package may be imported by a module of a lower floor.
 FLOORS = [
     ["_bits", "_placement", "_checks", "_digits", "_equality", "_text"],
-    ["_storage"],
+    ["_storage", "_trees"],
     ["_pytree"],
     ["_rmsprop", "_gradients"],
     ["_states"],

@@ -1,0 +1,155 @@
+"""Trees of gradients and parameters: leaves in one order, and errors that name a leaf by its path."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from ._text import listed
+
+
+__all__ = [
+    "Flat",
+    "check_kind",
+    "check_kinds",
+    "checked_dtype",
+    "checked_mask",
+    "column",
+    "flatten",
+    "params_with_gradients",
+    "without_float0",
+]
+
+# Leaves with their paths, and the structure.
+Flat = tuple[list[tuple[Any, Any]], Any]
+
+
+def flatten(tree: Any) -> Flat:
+    """Flattens a tree in which None is a leaf: a gradient that is missing, or a parameter that does not train."""
+    return tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+
+
+def column(flat: Flat, tree: Any, name: str, kind: str = "gradient") -> list[Any]:
+    """The leaves of `tree`, which must have the structure of `flat`.
+
+    Args:
+        flat: the flattened gradients.
+        tree: a tree with a leaf for each of them.
+        name: of `tree`, for the error that lists the leaves without a partner.
+        kind: of the leaves of `flat`.
+    """
+    (leaves, treedef), (others, other_treedef) = flat, flatten(tree)
+    if treedef == other_treedef:
+        return [leaf for _, leaf in others]
+    ours, theirs = ({keystr(path) for path, _ in side} for side in (leaves, others))
+    lacking = [f"no {kind} for {path} of {name}" for path in sorted(theirs - ours)]
+    surplus = [f"no {path} in {name} for its {kind}" for path in sorted(ours - theirs)]
+    differences = listed(lacking + surplus, "; ") or f"{treedef} is not {other_treedef}"
+    raise ValueError(f"the {kind}s must have the structure of {name}: {differences}")
+
+
+def params_with_gradients(flat: Flat, params: optax.Params, mask: Any = None) -> list[Any]:
+    """The column of `params`, with None where there is no gradient or where the mask is False."""
+    given = column(flat, params, "params")
+    selected = given if mask is None else column(flat, _masked(params, mask), "params")
+    kept: list[Any] = [None] * len(given)
+    for i, (path, grad) in enumerate(flat[0]):
+        if grad is None:
+            continue
+        if given[i] is None:
+            raise ValueError(f"params{keystr(path)} is None, and there is a gradient for it")
+        if selected[i] is not None:
+            checked_dtype("parameter", path, selected[i])
+            kept[i] = selected[i]
+    return kept
+
+
+def checked_mask(mask: Any) -> Any:
+    """Checks the argument `weight_decay_mask`, as far as it tells without parameters."""
+    if isinstance(mask, (bool, np.bool_, jax.Array, np.ndarray)):
+        # optax.inject_hyperparams calls whatever can be called, with the count.
+        raise TypeError(
+            f"weight_decay_mask is a single {type(mask).__name__}: allowed are a tree of booleans and a function of "
+            "the parameters; with optax.inject_hyperparams, add it to static_args"
+        )
+    return mask
+
+
+def _masked(params: optax.Params, mask: Any) -> optax.Params:
+    """`params` with None where the mask is False."""
+
+    def select(path: Any, keep: Any, subtree: Any) -> Any:
+        if not isinstance(keep, (bool, np.bool_)):
+            # The mappings and lists of configuration systems, which JAX does not know.
+            foreign = hasattr(keep, "keys") or hasattr(keep, "append")
+            way_out = ". Convert it with OmegaConf.to_container(mask) or mask.to_dict()" if foreign else ""
+            raise TypeError(
+                f"the mask{keystr(path)} has type {type(keep).__name__}: allowed are True and False{way_out}"
+            )
+        return subtree if keep else jax.tree.map(lambda _: None, subtree)
+
+    # As in optax.masked: an Equinox module of booleans is a tree, although it can be called.
+    tree = mask(params) if callable(mask) and all(map(callable, jax.tree.leaves(mask))) else mask
+    try:
+        return jax.tree.map_with_path(select, tree, params)
+    except ValueError as error:
+        raise ValueError(f"the mask must be a tree like the parameters', or a prefix of it: {error}") from None
+
+
+def without_float0(updates: optax.Updates) -> optax.Updates:
+    """Gradients of integers, as jax.grad(..., allow_int=True) makes them, become None. All others must be arrays."""
+    if all(isinstance(x, jax.Array) for x in jax.tree.leaves(updates)):
+        return updates
+
+    def leaf(path: Any, grad: Any) -> Any:
+        if getattr(grad, "dtype", None) == jax.dtypes.float0:
+            return None
+        checked_dtype("gradient", path, grad)
+        return grad
+
+    return jax.tree.map_with_path(leaf, updates)
+
+
+# --- Leaves -------------------------------------------------------------------------------------------------
+
+
+_NUMBERS = (bool, int, float, complex)
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+
+
+def checked_dtype(kind: str, path: Any, leaf: Any) -> Any:
+    """The dtype of a leaf, which must be a number or an array of numbers. `kind` is for the error."""
+    ours = isinstance(leaf, (*_NUMBERS, *_ARRAYS)) or hasattr(leaf, "__jax_array__")
+    dtype = (jnp.result_type(leaf) if isinstance(leaf, _NUMBERS) else leaf.dtype) if ours else None
+    if dtype is not None and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
+        return dtype
+    found = f"type {type(leaf).__name__}" if dtype is None else f"dtype {dtype}"
+    way_out = "Leave it out with eqx.filter(tree, eqx.is_inexact_array) or optax.masked"
+    if dtype is None and hasattr(leaf, "shape"):
+        library = type(leaf).__module__.partition(".")[0]
+        found += f" of {library}"
+        way_out = (
+            f"Convert it with jnp.asarray({'x.detach().cpu().numpy()' if library == 'torch' else 'np.asarray(x)'})"
+        )
+    raise TypeError(f"{kind}{keystr(path)} has {found}: allowed are arrays of numbers of JAX and NumPy. {way_out}")
+
+
+def check_kinds(updates: optax.Updates, params: Any) -> None:
+    """Checks that a gradient is complex where its parameter is, if the structures of both are equal."""
+    if params is None:
+        return
+    (leaves, treedef), (others, other_treedef) = tree_flatten_with_path(updates), jax.tree.flatten(params)
+    if treedef == other_treedef:
+        for (path, grad), param in zip(leaves, others, strict=True):
+            if hasattr(param, "dtype"):
+                check_kind(path, grad, param)
+
+
+def check_kind(path: Any, grad: Any, other: Any) -> None:
+    """Checks that a gradient is complex if `other` is, its parameter or what is kept for it."""
+    if jnp.iscomplexobj(grad) != jnp.iscomplexobj(other):
+        kinds = "complex, its parameter is real" if jnp.iscomplexobj(grad) else "real, its parameter is complex"
+        raise TypeError(f"gradient{keystr(path)} is {kinds}: both must be real or both complex")
