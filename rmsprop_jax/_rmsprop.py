@@ -311,7 +311,7 @@ class _Rule:
         # such subnormal numbers. Here they count as 0 on every machine.)
         least = tiny / jnp.where(scalars.one_minus_decay < tiny, 1, scalars.one_minus_decay)
         gain = 0 if self.centered else jnp.sqrt(jax.lax.stop_gradient(one_minus_power / scalars.bias))
-        floor = least if self.eps_in_sqrt else jnp.where(gain > 0, 0, jnp.sqrt(least))
+        floor = least if self.eps_in_sqrt else jnp.sqrt(least) if self.centered else 0
         at_least = jnp.maximum(scalars.eps, jax.lax.stop_gradient(floor))
         is_zero = scalars.eps < tiny
         return scalars._replace(
@@ -373,8 +373,10 @@ class _Rule:
             return _sqrt_plus(jnp.where(is_zero, scalars.at_zero, square) if self.eps_may_be_tiny else square, zero)
         at_zero = scalars.at_zero
         if self.eps_may_be_tiny and not self.centered:
-            # |g| may be too small for its square and yet larger than ε. The root is then that of equal gradients.
-            at_zero = at_zero + scalars.root_gain * jax.lax.stop_gradient(jnp.abs(g))
+            # |g| may be too small for its square and yet larger than ε. The root is then that of equal gradients. The
+            # largest g that is not clipped, divided by this, is finite, and so is the derivative.
+            root = scalars.root_gain * jax.lax.stop_gradient(jnp.abs(g))
+            at_zero = jnp.maximum(at_zero + root, float(jnp.finfo(root.dtype).tiny) ** 0.5)
         return jnp.where(is_zero, at_zero, jnp.sqrt(jnp.where(is_zero, 1, nu_hat)) + scalars.eps) + zero
 
 
@@ -442,7 +444,8 @@ def _transformation(
         weight_decay = _checks.number("weight_decay", weight_decay)
     initial = {"nu": _checks.number("initial_scale", initial_scale)}
     # Others are far above what ν or its root can lose.
-    eps_may_be_tiny = isinstance(eps, jax.Array) or bool(eps < (1e-20 if rule.eps_in_sqrt else 1e-10))
+    limit: Any = 1e-20 if rule.eps_in_sqrt else 1e-10
+    eps_may_be_tiny = isinstance(eps, jax.Array) or bool(eps < limit)
     rule = dataclasses.replace(rule, eps_may_be_tiny=eps_may_be_tiny)
 
     def hyperparameters(count: jax.Array) -> _Scalars:
