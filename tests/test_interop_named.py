@@ -97,3 +97,97 @@ def test_a_checkpoint_has_no_place_for_what_wrappers_hold():
     many = jax.vmap(rmsprop(0.1).init)(jnp.ones((3, 2)))
     with pytest.raises(ValueError, match=r"the count has shape \(3,\): take one of the states"):
         interop.to_keras(many, lambda tree: {"w": tree})
+
+
+SOME = _named.Optimizer(
+    "Some RMSProp", {"nu": "ms", "mu": "mg", "trace": "mom"}, ("nu", "trace"), {"m": "Adam", "s": "SGD"}
+)
+
+
+def entries_of(**arrays):
+    """Entries "slot__weight"."""
+    return [_named.Entry(*key.split("__"), np.asarray(x, float), f"file:{key}") for key, x in arrays.items()]
+
+
+def read_some(count=7, stored=None, shapes=None, **arrays):
+    return _named.state_of(SOME, entries_of(**arrays), None, count, stored or {}, shapes)
+
+
+def test_entries_come_in_any_order():
+    arrays = {"mom__b": [5, 6], "ms__a": [1], "mg__b": [0, 1], "mom__a": [4], "mg__a": [0.5], "ms__b": [2, 3]}
+    for order in (list, reversed, sorted):
+        state = read_some(**dict(order(list(arrays.items()))))
+        assert {k: x.tolist() for k, x in state.nu.items()} == {"a": [0.75], "b": [2, 2]}
+        assert {k: x.tolist() for k, x in state.mu.items()} == {"a": [0.5], "b": [0, 1]}
+        assert {k: x.tolist() for k, x in state.trace.items()} == {"a": [4], "b": [5, 6]}
+        assert {x.dtype for x in jax.tree.leaves((state.nu, state.mu, state.trace))} == {jnp.dtype("float32")}
+
+
+def test_a_slot_that_is_not_always_written_may_be_missing():
+    assert read_some(ms__a=[1], mom__a=[2]).mu is None
+    with pytest.raises(ValueError, match=r"lacks {'mg': \['a'\]}, which Some RMSProp writes with these options"):
+        read_some(ms__a=[1], mom__a=[2], ms__b=[1], mom__b=[2], mg__b=[0])
+    with pytest.raises(ValueError, match=r"lacks {'mom': \['a'\]}"):
+        read_some(ms__a=[1])
+    with pytest.raises(ValueError, match=r"lacks {'ms': \['b'\]}"):
+        read_some(ms__a=[1], mom__a=[2], mom__b=[2])
+    with pytest.raises(ValueError, match=r"lacks {'ms': \['b'\], 'mom': \['b'\]}"):
+        read_some(ms__a=[1], mom__a=[2], shapes={"b": None})
+
+
+def test_another_optimizer_is_named_by_what_it_has():
+    with pytest.raises(
+        ValueError, match=r"not the checkpoint of Some RMSProp, but of Adam: it has file:m__a, file:v__a$"
+    ):
+        read_some(m__a=[1], v__a=[1])
+    with pytest.raises(ValueError, match=r"but of SGD: it has file:s__a$"):
+        read_some(ms__a=[1], mom__a=[1], s__a=[1])
+    with pytest.raises(ValueError, match=r"but of another optimizer: it has file:x__a$"):
+        read_some(x__a=[1])
+    with pytest.raises(ValueError, match=r"but of another optimizer: it has file:mom__a$"):
+        read_some(mom__a=[1])
+    with pytest.raises(ValueError, match=r"but of one that keeps nothing, as SGD: it has no accumulators"):
+        read_some()
+
+
+def test_one_name_twice_shows_both_places():
+    twice = [*entries_of(ms__a=[1], mom__a=[1]), _named.Entry("ms", "a", np.ones(1), "other:a")]
+    with pytest.raises(ValueError, match=r"has ms of a twice, and they cannot be told apart: file:ms__a and other:a"):
+        _named.state_of(SOME, twice, None, 7, {})
+
+
+def test_shapes_are_compared():
+    with pytest.raises(ValueError, match=r"accumulators of a have different shapes: {'ms': \(1,\), 'mom': \(2,\)}"):
+        read_some(ms__a=[1], mom__a=[1, 2])
+    assert read_some(ms__a=[1], mom__a=[1], shapes={"a": (1,)}).nu["a"].shape == (1,)
+    with pytest.raises(ValueError, match=r"ms of a has shape \(1,\), the weight \(2,\): names are in another order"):
+        read_some(ms__a=[1], mom__a=[1], shapes={"a": (2,)})
+
+
+def test_a_negative_average_averages_no_squares():
+    with pytest.raises(ValueError, match=r"ms of b is negative: it averages no squares"):
+        read_some(ms__a=[0], mom__a=[-1], ms__b=[-1e-9], mom__b=[1])
+    assert jnp.isnan(read_some(ms__a=[np.nan], mom__a=[1]).nu["a"]).all()  # a run that diverged
+
+
+def test_counts_of_the_caller_and_of_the_checkpoint():
+    one = {"ms__a": [1], "mom__a": [1]}
+    assert read_some(None, {"step": 3}, **one).count == 3
+    assert read_some(None, {"x": 3, "y": np.float32(3)}, **one).count == 3
+    assert read_some(0, {"x": 3, "y": 4}, **one).count == 0
+    assert read_some(**one).count.dtype == jnp.int32
+    with pytest.raises(
+        ValueError, match=r"several counts, which differ: {'x': 3, 'y': 4}. Pass the right one as count"
+    ):
+        read_some(None, {"x": 3, "y": 4}, **one)
+    with pytest.raises(ValueError, match="does not say how many updates were made: pass count, for schedules"):
+        read_some(None, **one)
+
+
+def test_a_name_that_convert_does_not_find():
+    with pytest.raises(ValueError, match=r"convert asks for 'b', the checkpoint has \['a'\]$"):
+        _named.state_of(SOME, entries_of(ms__a=[1], mom__a=[1]), lambda x: x["b"], 7, {})
+    dotted = [_named.Entry(slot, "module.fc", np.ones(1), slot) for slot in ("ms", "mom")]
+    with pytest.raises(ValueError, match=r"convert asks for 'fc', .*strip prefixes as `module.` in convert"):
+        _named.state_of(SOME, dotted, lambda x: x["fc"], 7, {})
+    assert float(_named.state_of(SOME, dotted, lambda x: x["module.fc"], 7, {}).nu[0]) == 1

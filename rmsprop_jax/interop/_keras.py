@@ -133,14 +133,14 @@ def state_of_variables(
     variables: list[tuple[str, Any]], convert: Convert | None, count: int | None, steps: int | None
 ) -> RMSPropState:
     """The state from all variables of an optimizer by their paths, without what files and TensorFlow add to them."""
-    if twice := repeated(path for path, _ in variables):
-        raise ValueError(f"the checkpoint has {listed(twice)} twice")
     found = dict(variables)
     generation, matches = _accumulators(found)
     others = {path: x for path, x in found.items() if path not in matches}
     # A loss scaler puts its own name in front of the optimizer's.
     scopes = dict.fromkeys(_last(match["scope"] or "") for match in matches.values())
     _check_is_rmsprop(generation, matches, others, _optimizer_name(scopes, found))
+    if twice := repeated(path for path, _ in variables):
+        raise ValueError(f"the checkpoint has {listed(twice)} twice")
     entries = [Entry(match["slot"], match["weight"], found[path], path) for path, match in matches.items()]
     optimizer = Optimizer("Keras' RMSprop", generation.slots)
     return state_of(optimizer, entries, convert, count, _updates(others, scopes, steps))
