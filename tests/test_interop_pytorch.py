@@ -234,7 +234,9 @@ def test_transposed_shapes():
     params = convert(ORIGIN)
     state = read(torch_checkpoint(), convert=forgot_to_transpose)
     tx = dialects.pytorch(0.1, centered=True, momentum=0.9)
-    with pytest.raises(ValueError, match=r"\.nu\['fc'\]\['kernel'\] has shape \(3, 8\) in state and \(8, 3\) in `into`"):
+    with pytest.raises(
+        ValueError, match=r"\.nu\['fc'\]\['kernel'\] has shape \(3, 8\) in state and \(8, 3\) in `into`"
+    ):
         carry_over(state, tx.init(params))
     # Without it the first update tells.
     with pytest.raises(ValueError, match=r"gradient\['fc'\]\['kernel'\] has shape \(8, 3\), its nu \(3, 8\)"):
