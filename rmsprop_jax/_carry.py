@@ -2,13 +2,14 @@
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.tree_util import keystr
 
 from . import _checks, _placement, _states, _storage
@@ -17,7 +18,7 @@ from ._states import Accumulators, Contents, Key, Name, Path
 from ._text import listed
 
 
-__all__ = ["bare", "carry_over", "check_has_rmsprop"]
+__all__ = ["bare", "carry_over"]
 
 
 def carry_over(state: Any, into: Any, *, allow_new: bool = False) -> Any:
@@ -91,7 +92,6 @@ def bare(state: Any, reason: str) -> RMSPropState:
     `reason`: why it cannot hold what wrappers hold.
     """
     contents = _states.contents_of(state)
-    check_has_rmsprop(contents, state, "this")
     if lost := [*_lost(contents, Contents({}, {}, {}, set()), reason)]:
         raise ValueError(listed(lost, "; "))
     found = contents.accumulators()
@@ -113,19 +113,6 @@ def bare(state: Any, reason: str) -> RMSPropState:
     return RMSPropState(jnp.array(count, jnp.int32), **trees)
 
 
-def check_has_rmsprop(contents: Contents, state: Any, name: str) -> None:
-    if contents.states:
-        return
-    kinds = sorted({getattr(key.kind, "__name__", "other arrays") for key in contents.keys.values()})
-    dicts = {path[:i] for path in contents.arrays for i, key in enumerate(_states.name_of(path)) if key == "nu"}
-    remedy = (
-        f". It was restored as a dict: put RMSPropState(**state{keystr(min(dicts, key=len))}) there" if dicts else ""
-    )
-    raise ValueError(
-        f"no state of RMSProp in {name} {type(state).__name__}: it holds {listed(kinds) or 'nothing'}{remedy}"
-    )
-
-
 # --- Collect ----------------------------------------------------------------------------------------------
 
 
@@ -139,11 +126,8 @@ class Move(NamedTuple):
 
 def _collect(state: Any, into: Any) -> tuple[Contents, Contents]:
     """Both sides, taken apart. Each decides whether a tuple on the other is optax.rmsprop's state or a chain."""
-    old = _states.contents_of(state, whole=not _states.find(into, _states.is_optax_chain))
-    new = _states.contents_of(into, whole=not _states.find(state, _states.is_optax_chain))
-    check_has_rmsprop(old, state, "this")
-    check_has_rmsprop(new, into, "`into`, which is a")
-    return old, new
+    chain, chain_into = (bool(_states.find(side, _states.is_optax_chain)) for side in (state, into))
+    return _states.contents_of(state, whole=not chain_into), _states.contents_of(into, "`into`", whole=not chain)
 
 
 Found = Mapping[Name, Accumulators]
@@ -157,7 +141,7 @@ def _counts(old: Contents, names: Collection[Name] = ()) -> list[Any]:
 
 def _distinct(values: list[Any]) -> list[Any]:
     """One of them if all are equal."""
-    return values[:1] if all(_states.equal(x, values[0]) for x in values) else values
+    return values[:1] if all(_equal(x, values[0]) for x in values) else values
 
 
 def _moves_of_accumulators(found: Found, old: Contents, new: Contents) -> dict[Path, Move]:
@@ -182,7 +166,7 @@ def _sources(found: Accumulators, slot: str, node: Any, centered: bool, x: Any) 
     if slot == "trace" and value is not None and theirs:
         value = -_storage.decode(value)
     if value is None:  # a slot that only `into` has
-        return [jnp.zeros(x.shape, x.dtype)] if _is_shape(x) else []
+        return [jnp.zeros(x.shape, x.dtype)] if isinstance(x, jax.ShapeDtypeStruct) else []
     return [value]
 
 
@@ -206,13 +190,12 @@ def _fitted(old: Contents, new: Contents) -> Found:
     }
 
 
-def _joined(column: tuple[Any, ...]) -> Any:
+def _joined(column: Sequence[Any]) -> Any:
     if any(x is None for x in column):
         return None
-    alike = len({x.dtype for x in column}) == 1
-    flat = [jnp.ravel(x if alike else _storage.decode(x)) for x in column]
-    widest = jnp.result_type(*flat)
-    return jnp.concatenate([x.astype(widest) for x in flat])
+    wide = [jnp.ravel(_storage.decode(x)) for x in column]  # a code comes back as it was
+    widest = np.result_type(*(x.dtype for x in wide))
+    return jnp.concatenate([x.astype(widest) for x in wide])
 
 
 def _moves_of_wrappers(old: Contents, new: Contents) -> dict[Path, Move]:
@@ -260,7 +243,7 @@ def _misfits(moves: Mapping[Path, Move]) -> Iterator[str]:
             values = f": {listed(sources)}. {_ONE_COUNT}" if not any(map(np.ndim, sources)) else ""
             yield f"state has {len(sources)} values for {where}, which differ{values}"
         elif not sources:
-            if _is_shape(x):
+            if isinstance(x, jax.ShapeDtypeStruct):
                 yield f"`into` has only the shape of {where}, and state has no value for it"
         elif np.shape(sources[0]) != np.shape(x):
             yield f"{where} has shape {np.shape(sources[0])} in state and {np.shape(x)} in `into`"
@@ -269,23 +252,21 @@ def _misfits(moves: Mapping[Path, Move]) -> Iterator[str]:
 
 
 def _lost(old: Contents, new: Contents, reason: str) -> Iterator[str]:
-    """What wrappers hold and `into` does not. Counters may go with their wrapper; averages may not."""
-    places = set(new.keys.values())
-    fields, left_out = {(key.kind, key.field, key.side) for key in places}, new.masked() - old.masked()
-    itself = listed(f"state{keystr(path)}" for path in old.states)
-    for key, paths in _by_key(old).items():
+    """What wrappers hold and `into` has no place for. Counters may go with their wrapper; averages may not."""
+    places, half = set(new.keys.values()), _is_half_filled(old)
+    fields, frozen = {(key.kind, key.field, key.side) for key in places}, new.masked() - old.masked()
+    lost = []
+    for path, key in old.keys.items():
         # A field that is empty in the same wrapper: an option that is off, or what the next update measures anew.
         empty = (key.kind, key.side) in new.records and (key.kind, key.field, key.side) not in fields
-        if key in places or key.is_injected or empty or (left_out and _below(key.below, left_out)):
+        if key in places or key.is_injected or empty or _below(key.below, frozen):
             continue
-        if key.kind is optax.MultiStepsState:
-            apart = key.field == "acc_grads" and Key(key.kind, "mini_step", (), key.side) in places
-            half = (key.field == "mini_step" or apart) and _is_half_filled(old)
-            lost = [f"{keystr(path)}, gradients of half an update" for path in paths if half]
-        else:
-            lost = [keystr(path) for path in paths if _is_average(key, old.arrays[path])]
-        if lost:
-            yield f"state also holds {listed(lost)}: {reason}. To leave it behind, pass RMSProp's own state, {itself}"
+        accumulates = key.kind is optax.MultiStepsState
+        if (key.field == "acc_grads" and half) if accumulates else _is_average(key, old.arrays[path]):
+            lost.append(keystr(path) + (", gradients of half an update" if accumulates else ""))
+    if lost:
+        itself = listed(f"state{keystr(path)}" for path in old.states)
+        yield f"state also holds {listed(lost)}: {reason}. To leave it behind, pass RMSProp's own state, {itself}"
 
 
 def _exchanged_buffers(found: Found, new: Contents, moves: Mapping[Path, Move]) -> Iterator[str]:
@@ -306,7 +287,7 @@ def _is_half_filled(contents: Contents) -> bool:
         for path, key in contents.keys.items()
         if (key.kind, key.field) == (optax.MultiStepsState, "mini_step")
     ]
-    return not all(_states.equal(x, np.zeros(np.shape(x))) for x in steps)
+    return not all(_equal(x, np.zeros(np.shape(x))) for x in steps)
 
 
 def _is_average(key: Key, x: Any) -> bool:
@@ -314,6 +295,11 @@ def _is_average(key: Key, x: Any) -> bool:
     if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.number)):
         return False
     return np.ndim(x) > 0 or (bool(key.below) and jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _equal(x: Any, y: Any) -> bool:
+    """Whether two values are equal, as far as they may be looked at."""
+    return isinstance(x, Tracer) or isinstance(y, Tracer) or np.array_equal(x, y)
 
 
 def _listed(names: Iterable[Name]) -> str:
@@ -339,7 +325,3 @@ def _moved(move: Move, number: Any) -> Any:
         return value
     alike = getattr(value, "dtype", None) == x.dtype
     return _placement.place_like(value if alike else jnp.asarray(value, x.dtype), x)
-
-
-def _is_shape(x: Any) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct)

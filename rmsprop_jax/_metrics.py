@@ -13,7 +13,7 @@ import optax
 from jax.tree_util import keystr
 from jax.typing import ArrayLike
 
-from . import _carry, _checks, _states, _storage, _trees
+from . import _checks, _states, _storage, _trees
 from ._rmsprop import _abs_sq
 from ._states import Accumulators, Name
 from ._text import listed, repeated
@@ -143,7 +143,6 @@ def metrics(
     eps = None if eps is None else _checks.number("eps", eps)
 
     contents = _states.contents_of(state)
-    _carry.check_has_rmsprop(contents, state, "this")
     found = {name: x._replace(trace=None) for name, x in contents.accumulators().items()}
     shapes = {name: np.shape(x.nu) for name, x in found.items()}
     changes = None if updates is None else _updates_for(updates, shapes, contents.masked())

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jax.tree_util import DictKey, GetAttrKey, keystr, SequenceKey, tree_flatten_with_path, tree_map_with_path
 
 from . import _storage
@@ -29,7 +28,6 @@ __all__ = [
     "Path",
     "arrays_of",
     "contents_of",
-    "equal",
     "find",
     "is_masked",
     "is_optax_chain",
@@ -47,8 +45,8 @@ __all__ = [
 Path = tuple[Any, ...]  # keys of jax.tree_util, from the top of a state
 Name = tuple[str, ...]  # the keys on the way to a parameter, as texts: the same in a dict, a list, and a module
 
-# What the dialects call it.
-LEARNING_RATES = ("learning_rate", "lr", "eta", "learningRate")
+LEARNING_RATES = ("learning_rate", "lr", "eta", "learningRate")  # as the dialects call it
+_INJECTIONS = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 def find(state: Any, is_node: Callable[[Any], bool]) -> dict[Path, Any]:
@@ -92,7 +90,7 @@ class Key(NamedTuple):
     @property
     def is_injected(self) -> bool:
         """Whether the array is a hyperparameter of optax.inject_hyperparams."""
-        return self.field == "hyperparams" and self.kind in _injections()
+        return self.field == "hyperparams" and self.kind in _INJECTIONS
 
 
 class Contents(NamedTuple):
@@ -131,14 +129,19 @@ class Contents(NamedTuple):
         return {path: self.arrays[path] for path, key in self.keys.items() if key.is_injected and key.below in rates}
 
 
-def contents_of(state: Any, whole: bool = True) -> Contents:
-    """Takes a state apart. `whole`: a tuple that could be the state of optax.rmsprop is one."""
+def contents_of(state: Any, argument: str = "state", whole: bool = True) -> Contents:
+    """Takes a state apart, or raises if no RMSProp is in it.
+
+    Args:
+        state: the state.
+        argument: its name in errors.
+        whole: whether a tuple that could be the state of optax.rmsprop is one, and no chain of its parts.
+    """
     state = _without_dict_boxes(state)
     is_node = functools.partial(_is_rmsprop, whole=whole)
     states = find(state, is_node)
     contents = Contents(states, {}, {}, set())
-    nus = [nu_of(node) for node in states.values()]
-    of_params = {kind for nu in nus for _, _, records in _walk(nu, is_masked) for _, kind in records}
+    of_params = {kind for x in states.values() for _, _, records in _walk(nu_of(x), is_masked) for _, kind in records}
     for path, x, records in _walk(state, is_node):
         side = _side(path, states)
         if _is_record(x):
@@ -147,7 +150,21 @@ def contents_of(state: Any, whole: bool = True) -> Contents:
             outside = [(depth, kind) for depth, kind in records if kind not in of_params]
             contents.arrays[path] = _unboxed(x)
             contents.keys[path] = Key(*_owner(path, outside, states), side)
+    if not states:
+        raise ValueError(_without_rmsprop(state, argument, contents))
     return contents
+
+
+def _without_rmsprop(state: Any, argument: str, contents: Contents) -> str:
+    kinds = sorted({getattr(key.kind, "__name__", "other arrays") for key in contents.keys.values()})
+    error = (
+        f"no state of RMSProp in {argument}, which is a {type(state).__name__}: it holds {listed(kinds) or 'nothing'}"
+    )
+    for path in contents.arrays:
+        if "nu" in name_of(path):
+            where = f"{argument}{keystr(path[: name_of(path).index('nu')])}"
+            return f"{error}. Restored as a dict, it is RMSPropState(**{where})"
+    return error
 
 
 # --- A state of RMSProp -----------------------------------------------------------------------------------
@@ -369,20 +386,9 @@ def shared_keys(path: Path, other: Path) -> int:
 
 
 @functools.cache
-def _injections() -> tuple[type, ...]:
-    states = [optax.inject_hyperparams(optax.sgd)(rate).init(()) for rate in (0.1, optax.constant_schedule(0.1))]
-    return optax.InjectHyperparamsState, *map(type, states)
-
-
-@functools.cache
 def _update_counters() -> frozenset[tuple[type, str]]:
     """The fields of Optax's wrappers that count updates. It does not export all of their types."""
     injected: Any = optax.inject_hyperparams(optax.sgd)(optax.constant_schedule(0.1)).init(())
     schedule = type(injected.hyperparams_states["learning_rate"])
-    counts = [(kind, "count") for kind in (*_injections(), schedule, optax.ScaleByScheduleState)]
+    counts = [(kind, "count") for kind in (*_INJECTIONS, schedule, optax.ScaleByScheduleState)]
     return frozenset([*counts, (optax.MultiStepsState, "gradient_step")])
-
-
-def equal(x: Any, y: Any) -> bool:
-    """Whether two values are equal, as far as they may be looked at."""
-    return isinstance(x, Tracer) or isinstance(y, Tracer) or np.array_equal(x, y)

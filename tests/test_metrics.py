@@ -497,13 +497,13 @@ STATE = rmsprop(0.1).init(PARAMS)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: metrics(None), ValueError, "no state of RMSProp in this NoneType"),
+        (lambda: metrics(None), ValueError, "no state of RMSProp in state, which is a NoneType"),
         (
             lambda: metrics(optax.adam(0.1).init(PARAMS)),
             ValueError,
-            "no state of RMSProp in this tuple: it holds ScaleByAdam",
+            "no state of RMSProp in state, which is a tuple: it holds ScaleByAdam",
         ),
-        (lambda: metrics(PARAMS), ValueError, "no state of RMSProp in this dict"),
+        (lambda: metrics(PARAMS), ValueError, "no state of RMSProp in state, which is a dict"),
         (
             lambda: metrics((STATE, STATE)),
             ValueError,
