@@ -244,7 +244,7 @@ def _misfits(moves: Mapping[Path, Move]) -> Iterator[str]:
             yield f"state has {len(sources)} values for {where}, which differ{values}"
         elif not sources:
             if isinstance(x, jax.ShapeDtypeStruct):
-                yield f"`into` has only the shape of {where}, and state has no value for it"
+                yield f"`into` has only the shape of {where}, and state no value for it: make it with tx.init(params)"
         elif np.shape(sources[0]) != np.shape(x):
             yield f"{where} has shape {np.shape(sources[0])} in state and {np.shape(x)} in `into`"
         elif slot != "nu" and jnp.iscomplexobj(sources[0]) != jnp.iscomplexobj(x):  # Optax's ν is complex

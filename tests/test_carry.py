@@ -223,7 +223,7 @@ def test_shapes_are_enough_where_nothing_else_is_needed():
         assert types(there) == types(lean.init(PARAMS))
         assert all((x == 0).all() for x in jax.tree.leaves(there.trace))
     injected = jax.eval_shape(optax.inject_hyperparams(rmsprop)(learning_rate=0.1).init, PARAMS)
-    with pytest.raises(ValueError, match=r"`into` has only the shape of \.hyperparams\['decay'\], and state has no"):
+    with pytest.raises(ValueError, match=r"`into` has only the shape of \.hyperparams\['decay'\], and state no value"):
         carry_over(state, injected)
     new = jax.eval_shape(rmsprop(0.1).init, PARAMS | {"new": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"`into` has only the shape of \.nu\['new'\]"):

@@ -158,6 +158,12 @@ def test_float64_is_computed_in_float64():
     assert {x.dtype for x in found.values()} == {np.dtype("float32")}
 
 
+@pytest.mark.parametrize(("mean", "nu"), [(1e15, 1e-6), (1e19, 1.0), (1e-18, 0.0)])
+def test_a_mean_far_above_the_deviation_neither_overflows_nor_vanishes(mean, nu):
+    state = RMSPropState(jnp.int32(1), {"a": jnp.full(1000, nu)}, {"a": jnp.full(1000, mean)})
+    assert_numbers(metrics(state), {"count": 1, **reference(leaves(state.nu), leaves(state.mu))})
+
+
 def test_large_leaves_are_summed_right():
     state = RMSPropState(jnp.int32(1), jnp.ones(20_000_000))  # one by one, a float32 stops at 2²⁴
     assert_numbers(metrics(state, eps=1.0), {"count": 1, "grad_rms": 1, "nu_min": 1, "nu_max": 1, "eps_share": 0.5})
@@ -353,6 +359,52 @@ def test_several_rates_are_told_apart_by_their_groups():
     assert rates == {"w/learning_rate": 0.5, "layer/b/learning_rate": 0.25, "layer/s/learning_rate": 0.125}
 
 
+def decreasing(count):
+    return 0.5 / (1 + count)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: tx,
+        lambda tx: optax.chain(optax.clip(1e9), tx),
+        lambda tx: optax.partition({"one": tx, "two": tx}, PARTS),
+    ],
+    ids=["bare", "chain", "partition"],
+)
+@pytest.mark.usefixtures("users_climate")
+def test_a_given_schedule_tells_the_rate_of_the_last_update(wrap):
+    """With an average of one that never moves, RMSProp is gradient descent: the update is the rate times the gradient."""
+    tx = wrap(rmsprop(decreasing, decay=1.0, eps=0.0, initial_scale=1.0))
+    state = tx.init(PARAMS)
+    assert metrics(state, learning_rate=decreasing)["learning_rate"] == decreasing(0)
+    for _ in range(3):
+        updates, state = tx.update(PARAMS, state, PARAMS)
+        for f in (metrics, jax.jit(metrics, static_argnames="learning_rate")):
+            np.testing.assert_allclose(f(state, learning_rate=decreasing)["learning_rate"] * PARAMS["w"], -updates["w"])
+    assert metrics(state, learning_rate=0.25)["learning_rate"] == 0.25
+    assert metrics(state, learning_rate=-1)["learning_rate"] == -1
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_with_accumulation_a_schedule_is_read_at_updates():
+    tx = optax.MultiSteps(rmsprop(decreasing), 3).gradient_transformation()
+    assert metrics(trained(tx, steps=8)[0], learning_rate=decreasing)["learning_rate"] == decreasing(1)
+
+
+@pytest.mark.usefixtures("users_climate")
+def test_a_given_rate_beside_injected_ones():
+    state, _ = trained(optax.inject_hyperparams(rmsprop)(0.5))
+    with pytest.raises(ValueError, match="learning_rate is given, and state has an injected one"):
+        metrics(state, learning_rate=0.5)
+    groups = optax.partition(
+        {"one": optax.inject_hyperparams(rmsprop)(0.5), "two": optax.inject_hyperparams(rmsprop)(0.25)}, PARTS
+    )
+    found = metrics(trained(groups)[0], learning_rate=decreasing)
+    rates = {name: float(x) for name, x in found.items() if "rate" in name}
+    assert rates == {"one/learning_rate": 0.5, "two/learning_rate": 0.25, "learning_rate": decreasing(2)}
+
+
 # --- What is left out -------------------------------------------------------------------------------------
 
 
@@ -424,6 +476,20 @@ def test_leaves_are_called_as_users_call_them():
     assert labels(x) == set()  # its numbers are those of all
 
 
+def test_an_empty_key_does_not_replace_a_total():
+    params = {"": jnp.ones(2), "a": {"": jnp.full(3, 2.0)}}
+    state = rmsprop(0.1, initial_scale=4.0).init(params)
+    found = metrics(state, params, params, per_leaf=True)
+    assert {k: float(x) for k, x in found.items() if k.endswith("update_max")} == {
+        "update_max": 2,
+        "/update_max": 1,
+        "a//update_max": 2,
+    }
+    inject = optax.inject_hyperparams(rmsprop)
+    state = optax.partition({"": inject(0.5), "b": inject(0.25)}, {"": "", "a": "b"}).init(params)
+    assert {"/learning_rate", "b/learning_rate"} <= metrics(state).keys()
+
+
 def test_two_leaves_of_one_name_are_an_error():
     state = rmsprop(0.1).init({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
     assert metrics(state)["count"] == 0
@@ -492,6 +558,8 @@ def test_another_eps_compiles_nothing(compilations):
 # --- What is refused --------------------------------------------------------------------------------------
 
 STATE = rmsprop(0.1).init(PARAMS)
+FLAT = optax.flatten(rmsprop(0.1)).init({"a": jnp.ones(2), "b": jnp.ones(3)})
+SHAPES = r"update\['w'\] has shape \(8, 16\), and state has \(16, 8\) for it: they must be equal"
 
 
 @pytest.mark.parametrize(
@@ -529,6 +597,25 @@ STATE = rmsprop(0.1).init(PARAMS)
             lambda: metrics(STATE, params={"w": PARAMS["w"]}),
             ValueError,
             "params has nothing for layer/bias, layer/scale",
+        ),
+        (lambda: metrics(STATE, PARAMS | {"w": jnp.ones((8, 16))}), ValueError, SHAPES),
+        (lambda: metrics(STATE, PARAMS | {"w": jnp.ones(128)}), ValueError, r"update\['w'\] has shape \(128,\)"),
+        (lambda: metrics(STATE, params=PARAMS | {"w": jnp.ones(1)}), ValueError, r"parameter\['w'\] has shape \(1,\)"),
+        (
+            lambda: metrics(STATE, PARAMS, PARAMS | {"w": jnp.ones(8)}),
+            ValueError,
+            r"parameter\['w'\] has shape \(8,\), and updates has \(16, 8\) for it",
+        ),
+        (lambda: metrics(FLAT, {"a": jnp.ones(2), "b": jnp.ones(2)}), ValueError, r"and state has \(5,\) for it"),
+        (lambda: metrics(rmsprop(0.1).init(jnp.ones((2, 3))), jnp.ones((3, 2))), ValueError, r"has shape \(3, 2\)"),
+        (lambda: metrics(STATE._asdict()), ValueError, r"Restored as a dict, it is RMSPropState\(\*\*state\)"),
+        (lambda: metrics(STATE, learning_rate="1"), TypeError, "learning_rate='1' has type str"),
+        (lambda: metrics(STATE, learning_rate=np.inf), ValueError, "learning_rate=inf: allowed is a finite number"),
+        (lambda: metrics(STATE, learning_rate=lambda t: None), TypeError, r"learning_rate\(count\)=None has type"),
+        (
+            lambda: metrics(optax.scale_by_rms().init(PARAMS), learning_rate=lambda t: 0.1),
+            ValueError,
+            "nothing in state counts updates, as a schedule needs it",
         ),
         (lambda: metrics(STATE, PARAMS | {"w": "text"}), TypeError, r"update\['w'\] has type str: allowed are arrays"),
         (lambda: metrics(STATE, PARAMS, PARAMS | {"w": print}), TypeError, r"parameter\['w'\] has type builtin"),
