@@ -107,7 +107,7 @@ def package(session):
         unpacked = folder / sdist.name.removesuffix(".tar.gz")
         session.install("-e", f"{unpacked}[test]")
         with session.chdir(unpacked):
-            tests(session, "tests/test_house.py", "tests/test_checkpoints.py")
+            tests(session, "tests/test_house.py", "tests/test_carry.py")
 
 
 @nox.session(python=NEWEST)

@@ -2,23 +2,39 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
 from typing import Any, NamedTuple
 
 import chex
+import earlier
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from golden.checkpoints import END, EPS, ORIGIN, STOP
-from interop_helpers import assert_own_buffers, buffers
+from golden.checkpoints import END, EPS, ORIGIN, recorded, STOP
+from helpers import advance, mesh_of, types
+from interop_helpers import assert_own_buffers, buffers, checkpoint, entry, group
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from recordings import difference, from_torch_layout, LIMIT, rates, run
+from problems import grads
+from recordings import difference, from_torch_layout, LIMIT, rates, run as run_recorded
 
-from rmsprop_jax import carry_over, interop, rmsprop, RMSPropState, round_params_stochastically, scale_by_rms
+from rmsprop_jax import (
+    _storage,
+    carry_over,
+    dialects,
+    interop,
+    rmsprop,
+    RMSPropState,
+    round_params_stochastically,
+    RoundParamsState,
+    scale_by_rms,
+)
 
 
 pytestmark = pytest.mark.usefixtures("users_climate")  # Optax and Flax mix dtypes and ranks
@@ -30,11 +46,6 @@ PARAMS = {
 LABELS = {"body": "a", "head": "b"}
 OTHER_LABELS = {"body": "y", "head": "x"}
 EVERY_SLOT = {"momentum": 0.9, "centered": True, "eps": 1e-3}
-
-
-def types(tree):
-    """Shapes, dtypes and, on Explicit meshes, shardings."""
-    return jax.tree.map(jax.typeof, tree)
 
 
 def trained(tx, params=PARAMS, steps=3):
@@ -145,10 +156,10 @@ def test_a_run_of_optax_is_resumed_and_goes_back(options):
     accepted = 4e-6 if options == {"centered": True} else LIMIT
     ours, theirs = (f(rates, **{"eps": EPS, **options}) for f in (rmsprop, optax.rmsprop))
     origin = from_torch_layout(ORIGIN)
-    whole, _ = run(theirs, theirs.init(origin), ORIGIN, 0, END)
+    whole, _ = run_recorded(theirs, theirs.init(origin), ORIGIN, 0, END)
     for first, second in ((theirs, ours), (ours, theirs)):
-        middle, state = run(first, first.init(origin), ORIGIN, 0, STOP)
-        end, _ = run(second, carry_over(state, second.init(from_torch_layout(middle))), middle)
+        middle, state = run_recorded(first, first.init(origin), ORIGIN, 0, STOP)
+        end, _ = run_recorded(second, carry_over(state, second.init(from_torch_layout(middle))), middle)
         assert difference(end, whole) < accepted
 
 
@@ -239,8 +250,8 @@ def test_what_a_wrapper_holds_is_kept():
 
     old, new = wrapped_twice(rmsprop(0.1)), optax.chain(optax.clip(1.0), wrapped_twice(rmsprop(0.1, momentum=0.9)))
     state = old.init(PARAMS)
-    for grads in (jax.tree.map(lambda p: p * jnp.nan, PARAMS), PARAMS, PARAMS, PARAMS, PARAMS):
-        _, state = old.update(grads, state, PARAMS)
+    for gradients in (jax.tree.map(lambda p: p * jnp.nan, PARAMS), PARAMS, PARAMS, PARAMS, PARAMS):
+        _, state = old.update(gradients, state, PARAMS)
     after = carry_over(state, new.init(PARAMS))[1]
     assert (after.total_notfinite, after.inner_state.mini_step, after.inner_state.gradient_step) == (1, 1, 1)
     chex.assert_trees_all_equal(after.inner_state.acc_grads, PARAMS)
@@ -933,3 +944,271 @@ def test_the_result_has_the_new_state_s_shardings(axis_type):
         assert_own_buffers(result, state, into)
         for slot in (result.nu, result.trace):
             assert slot["w"].sharding.is_equivalent_to(split, 1)
+
+
+# --- A layer that was lost, or is new --------------------------------------------------------------------------
+
+
+BUFFERS = {"square_avg": np.full((3, 2), 2.0), "momentum_buffer": np.full((3, 2), 4.0)}
+TORCH = checkpoint(
+    [group([0, 1], momentum=0.9, lr_in_momentum=True)], {0: entry(1.0, **BUFFERS), 1: entry(3.0, **BUFFERS)}
+)
+NEW_PARAMS = {"body": np.zeros((2, 3)), "head": {"kernel": np.zeros((5, 7)), "bias": np.zeros(7)}}
+
+
+def replace_head(arrays):
+    """The head has another shape: its accumulators are dropped, and the new ones start afresh."""
+    arrays["head.weight"] = None
+    return {"body": arrays["body.weight"].T, "head": optax.MaskedNode()}
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(optax.clip(1.0), tx)], ids=["bare", "chain"])
+def test_another_layer_in_the_place_of_one(wrap):
+    tx = wrap(dialects.timm(0.1, momentum=0.9))
+    fresh = tx.init(NEW_PARAMS)
+    read = interop.from_timm(TORCH, ["body.weight", "head.weight"], replace_head)
+    state = carry_over(read, fresh)
+    bare = carry_over(state, dialects.timm(0.1, momentum=0.9).init(NEW_PARAMS))
+    assert (bare.nu["body"] == 2).all()
+    assert (bare.trace["body"] == 4).all()
+    # timm's averages start at 1.
+    assert (bare.nu["head"]["kernel"] == 1).all()
+    assert (bare.trace["head"]["bias"] == 0).all()
+    assert bare.count == 3
+    tx.update(NEW_PARAMS, state, NEW_PARAMS)
+
+
+def forgets(arrays):
+    return {"body": arrays["body.weight"].T, "head": optax.MaskedNode()}
+
+
+def pops(arrays):
+    arrays.pop("head.weight")
+    return forgets(arrays)
+
+
+def adds(arrays):
+    arrays["another"] = arrays["body.weight"]
+    return forgets(arrays)
+
+
+@pytest.mark.parametrize("convert", [forgets, pops, adds])
+def test_nothing_is_forgotten_in_silence(convert):
+    with pytest.raises(
+        ValueError,
+        match=r"convert leaves out, .*\['head.weight'\]. If they are to go, say so in convert: arrays\['head.weight'\] = None",
+    ):
+        interop.from_timm(TORCH, ["body.weight", "head.weight"], convert)
+
+
+def test_a_layer_that_is_gone():
+    def nothing_new(arrays):
+        arrays["head.weight"] = None
+        return {"body": arrays["body.weight"].T}
+
+    tx = dialects.timm(0.1, momentum=0.9)
+    dropped = interop.from_timm(TORCH, ["body.weight", "head.weight"], nothing_new)
+    with pytest.raises(ValueError, match=r"state has nothing for .*\['head'\]\['kernel'\]"):
+        carry_over(dropped, tx.init(NEW_PARAMS))
+    state = carry_over(dropped, tx.init({"body": NEW_PARAMS["body"]}))
+    assert set(state.nu) == {"body"}
+
+
+def test_a_layer_that_is_new():
+    kept = recorded("mlx")["checkpoint"]["safetensors"]
+    read = interop.from_mlx(kept, lambda arrays: {**arrays, "new": {"kernel": optax.MaskedNode()}})
+    params = {name: np.zeros_like(x) for name, x in read.nu.items() if name != "new"} | {"new": {"kernel": np.ones(3)}}
+    state = carry_over(read, rmsprop(0.1, initial_scale=0.5).init(params))
+    assert (state.nu["new"]["kernel"] == 0.5).all()
+    np.testing.assert_array_equal(state.nu["fc.bias"], kept["fc.bias.v"])
+    assert state.count == 100
+
+
+def test_a_masked_place_has_to_be_filled():
+    read = interop.from_timm(TORCH, ["body.weight", "head.weight"], replace_head)
+    with pytest.raises(ValueError, match=r"head"):
+        jax.block_until_ready(dialects.timm(0.1, momentum=0.9).update(NEW_PARAMS, read, NEW_PARAMS))
+
+
+# --- Checkpoints of Orbax, and of earlier versions ----------------------------------------------------------------
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+STATES = {
+    "plain": {},
+    "all slots": {"centered": True, "momentum": 0.9},
+    "bfloat16": {"centered": True, "momentum": 0.9, "state_dtype": jnp.bfloat16},
+    "uint8": {"state_dtype": jnp.uint8},
+}
+ROUNDING = {jnp.bfloat16: 0.02, jnp.uint8: 0.5}
+EVERY = pytest.mark.parametrize("options", STATES.values(), ids=STATES)
+
+
+def start():
+    return {"kernel": jax.random.normal(jax.random.key(0), (8, 8)), "bias": jnp.zeros(8)}
+
+
+def gradient(params, t):
+    return {"kernel": grads(params["kernel"].ravel(), t).reshape(8, 8), "bias": params["bias"] - 1.0}
+
+
+def run(tx, params, state, first, last):
+    return advance(tx, params, state, range(first, last), gradient)
+
+
+def saved(folder, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "checkpoint", tree)
+
+
+def restored(folder, *target):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "checkpoint", *target)
+
+
+@pytest.mark.slow
+@EVERY
+def test_a_run_restored_with_a_target_continues_bit_for_bit(tmp_path, options):
+    tx = optax.chain(optax.clip_by_global_norm(10.0), rmsprop(optax.linear_schedule(0.1, 0.0, 20), **options))
+    params, state = run(tx, start(), tx.init(start()), 0, 10)
+    saved(tmp_path, {"params": params, "state": state})
+    kept = restored(tmp_path, jax.eval_shape(lambda: {"params": start(), "state": tx.init(start())}))
+    chex.assert_trees_all_equal(kept["state"], state)
+    chex.assert_trees_all_equal(run(tx, kept["params"], kept["state"], 10, 20), run(tx, params, state, 10, 20))
+
+
+@pytest.mark.slow
+@EVERY
+def test_a_state_is_restored_without_a_target(tmp_path, options):
+    tx = rmsprop(0.1, **options)
+    _, state = run(tx, start(), tx.init(start()), 0, 3)
+    saved(tmp_path, state)
+    chex.assert_trees_all_equal(RMSPropState(**restored(tmp_path)), state)
+
+
+@pytest.mark.slow
+@EVERY
+def test_a_state_is_restored_onto_another_mesh(tmp_path, options):
+    tx = rmsprop(0.1, **options)
+
+    def laid_out(shape, spec):
+        params = jax.device_put(start(), NamedSharding(mesh_of(AxisType.Auto, shape, ("x", "y")), spec))
+        return params, jax.jit(tx.init)(params)
+
+    params, state = run(tx, *laid_out((4, 2), P("x")), 0, 10)
+    saved(tmp_path, {"params": params, "state": state})
+    there, there_state = laid_out((1, 2), P("y"))
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": there, "state": there_state})
+    kept = restored(tmp_path, target)
+    chex.assert_trees_all_equal(kept, {"params": params, "state": state})
+    for x, wanted in zip(jax.tree.leaves(kept), jax.tree.leaves(target), strict=True):
+        assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+    assert len(kept["state"].nu["kernel"].sharding.device_set) == 2
+    one, other = (run(tx, *pair, 10, 12)[0] for pair in ((params, state), (kept["params"], kept["state"])))
+    for k in one:
+        np.testing.assert_allclose(one[k], other[k], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("new", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("old", STATES.values(), ids=STATES)
+def test_a_restored_state_is_carried_over_to_other_options(tmp_path, old, new):
+    """As README says: restored as it was saved, then carried over."""
+    make = lambda tx: optax.chain(optax.clip(10.0), tx)  # noqa: E731
+    before, after = make(rmsprop(1e-3, **old)), make(rmsprop(1e-3, **new))
+    params, state = run(before, start(), before.init(start()), 0, 30)
+    saved(tmp_path, state)
+    kept = restored(tmp_path, jax.eval_shape(before.init, params))
+    carried = carry_over(kept, after.init(params))
+    assert types(carried) == types(after.init(params))
+    if old == new:
+        chex.assert_trees_all_equal(carried, state)
+    # Both states have E[g²] in common. It is carried over to within one rounding of its new dtype.
+    plain = make(rmsprop(1e-3)).init(params)
+    second, expected = (optax.tree.get(carry_over(s, plain), "nu") for s in (carried, kept))
+    for k in params:
+        np.testing.assert_allclose(second[k], expected[k], rtol=ROUNDING.get(new.get("state_dtype"), 1e-5))
+    later, _ = run(after, params, carried, 30, 60)
+    assert (abs(later["bias"] - 1) < abs(params["bias"] - 1)).all()
+
+
+@pytest.mark.slow
+def test_a_target_or_a_state_of_other_options_is_refused(tmp_path):
+    plain, centered = rmsprop(0.1), rmsprop(0.1, centered=True)
+    saved(tmp_path, plain.init(start()))
+    with pytest.raises(ValueError, match="mu"):
+        restored(tmp_path, jax.eval_shape(centered.init, start()))
+    kept = restored(tmp_path, jax.eval_shape(plain.init, start()))
+    with pytest.raises(ValueError, match=r"state\.mu is None: the state was made with other options"):
+        centered.update(start(), kept, start())
+
+
+@pytest.mark.slow
+def test_nnx_is_restored_without_a_target(tmp_path):
+    def made():
+        model = nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(i)) for i in range(2)])
+        return model, nnx.Optimizer(model, optax.chain(optax.clip(1.0), rmsprop(0.1, momentum=0.9)), wrt=nnx.Param)
+
+    model, optimizer = made()
+    ones = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    for _ in range(3):
+        optimizer.update(model, ones)
+    saved(tmp_path, nnx.state(optimizer))
+    kept = restored(tmp_path)
+    _, fresh = made()
+    with pytest.raises(ValueError, match=r"Restored as a dict, it is RMSPropState\(\*\*state\['opt_state'\]\['1'\]\)"):
+        carry_over(kept, fresh.opt_state)
+    fresh.opt_state = carry_over(RMSPropState(**kept["opt_state"]["1"]), fresh.opt_state)  # as the error says
+    chex.assert_trees_all_equal(fresh.opt_state, optimizer.opt_state)
+
+
+def restored_from(version, case):
+    """What an earlier version saved, and where its run ended."""
+    folder = GOLDEN / f"checkpoint-{version}"
+    recorded = json.loads((folder / "ends.json").read_text())
+    assert recorded["rmsprop_jax"] == f"{version}.0"
+    with ocp.StandardCheckpointer() as checkpointer:
+        kept = checkpointer.restore(folder / "orbax")[case]
+    return kept, {name: np.float32(recorded[name][case]) for name in ("nu", "ends")}
+
+
+def apart(tx, params, state, end):
+    """How far from `end` another 40 updates lead: the root mean square over the longest way of a number."""
+    found = np.float32(earlier.advance(tx, params, state, 40)[0]["w"])
+    return np.sqrt(np.mean((found - end) ** 2)) / np.abs(end - np.float32(params["w"])).max()
+
+
+def check_end(tx, params, state, end, tolerance):
+    """Nearer to the recorded end than a run that starts anew. Narrow states round with other random bits than they did."""
+    assert apart(tx, params, state, end) <= tolerance < apart(tx, params, tx.init(params), end)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["0.1", "0.2"])
+@pytest.mark.parametrize("case", earlier.CASES)
+def test_a_checkpoint_of_an_earlier_version_is_resumed(version, case):
+    kept, recorded = restored_from(version, case)
+    params, tx = kept["params"], earlier.transformation(earlier.CASES[case])
+    state = carry_over(RMSPropState(**kept["state"]), tx.init(params))
+    assert state.count == 40
+    wide = earlier.transformation({**earlier.CASES[case], "state_dtype": None})
+    np.testing.assert_array_equal(carry_over(state, wide.init(params)).nu["w"], recorded["nu"])
+    if version == "0.2":  # every slot has the dtype that it has now, so every bit stays
+        for slot in ("nu", "mu", "trace"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(state, slot), kept["state"][slot])
+    tolerance = {"float32": 1e-6, "bfloat16": 0.01, "uint8": 0.1}[case.partition(", ")[2]]
+    check_end(tx, params, state, recorded["ends"], tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_rest", [False, True])
+def test_three_bytes_of_version_0_2_are_resumed(keep_rest):
+    """Its RoundParamsState had no rest, so Orbax refuses a target of 0.3. Restored as a dict, it becomes a state."""
+    kept, recorded = restored_from("0.2", earlier.THREE_BYTES)
+    ours, rounding = kept["state"]
+    tx = earlier.three_bytes(keep_rest)
+    old = RMSPropState(**ours), RoundParamsState(**rounding)
+    state = carry_over(old, tx.init(kept["params"]))
+    assert state[0].count == state[1].step == 40
+    np.testing.assert_array_equal(_storage.decode(state[0].nu["w"]), recorded["nu"])
+    check_end(tx, kept["params"], state, recorded["ends"], 0.2)

@@ -3,7 +3,7 @@
     git worktree add ../earlier v0.2.0
     PYTHONPATH=../earlier python tests/golden/earlier.py tests/golden/checkpoint-0.2
 
-tests/test_checkpoints.py restores it with the present version.
+tests/test_carry.py restores it with the present version.
 """
 
 import importlib.metadata
