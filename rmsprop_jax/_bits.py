@@ -169,25 +169,25 @@ def to_24_bits(x: jax.Array, noise: jax.Array) -> jax.Array:
 def nearest_24_bits(x: jax.Array) -> jax.Array:
     """The bits of a float32, rounded to the nearest 24, and finite if it is. Ignore the others."""
     x = _as_float32(x)
-    largest = float(np.uint32(0x7F7F7F00).view(np.float32))  # the largest bfloat16 and a rest of 127
+    largest = float(np.uint32(0x7F7F7F00).view(np.float32))  # the largest bfloat16 and a remainder of 127
     x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
     return jnp.where(jnp.isnan(x), np.float32(np.nan).view(np.uint32), bits(x) + np.uint32(0x80))
 
 
 def nearest_16_bits(weight: jax.Array) -> jax.Array:
     """The bfloat16 nearest to a weight of 24 bits, as a float32."""
-    # Half up. To nearest even, two pairs would stand for one number.
+    # Round half up: with half to even, some weights would have two encodings.
     return _upper_half(weight + np.uint32(0x8000))
 
 
-def rest_of(weight: jax.Array) -> jax.Array:
+def remainder_of(weight: jax.Array) -> jax.Array:
     """A weight of 24 bits minus its nearest bfloat16, in units of 2⁻⁸ of the bfloat16's last place."""
     return (weight >> 8).astype(jnp.int8)
 
 
 def join(upper: jax.Array, rest: jax.Array) -> jax.Array:
-    """The float32 that a bfloat16 and its rest stand for."""
-    # A parameter may have been set to zero since. A rest below zero would then make the bits of a NaN.
+    """The float32 that a bfloat16 and its remainder stand for."""
+    # Somebody may have set the parameter to zero. A remainder below zero would then make the bits of a NaN.
     rest = jnp.where(upper == 0, jnp.int8(0), rest)
     return _float32((bits(upper).astype(jnp.int32) + (rest.astype(jnp.int32) << 8)).astype(jnp.uint32))
 

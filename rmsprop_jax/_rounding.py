@@ -21,7 +21,7 @@ class RoundParamsState(NamedTuple):
     """The state of :func:`round_params_stochastically`."""
 
     step: jax.Array  # updates made so far; shape=(), dtype=int32, stops at the largest
-    rest: Any = None  # with `keep_rest`, a tree like the parameters; int8, or None for leaves that are not bfloat16
+    rest: Any = None  # with `keep_rest`, the remainders: a tree like the parameters; int8, or None where not bfloat16
 
 
 def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransformationExtraArgs:
@@ -39,28 +39,33 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
     between p/2 and 2p, and within three units in the last place otherwise, where a bfloat16 u may not hold
     the difference. An update of zero changes no bit. NaN and inf pass.
 
-    With `keep_rest` the state keeps what is rounded away, in one more byte. Parameter and rest together are a
+    With `keep_rest` the state keeps what is rounded away, in one more byte. Parameter and remainder together are a
     float of 24 bits, w, which is rounded stochastically below those::
 
         w' = w + u, rounded to one of its two neighbours of 24 bits
         p' = the bfloat16 nearest to w',  rest' = w' - p' in units of 2⁻⁸ of p's last place
 
     The network runs on p, and the optimizer moves w, as it would move a float32 parameter but for the rounding.
-    Where a bfloat16 u cannot hold p' - p, the rest is 0. :func:`params_in_float32` gives w.
+    Where a bfloat16 u cannot hold p' - p, the remainder is 0. :func:`params_in_float32` gives w, and
+    :func:`params_in_bfloat16` takes one.
 
     The random bits are a hash of the values, of the place in the array and of the number of the update. There is
     no key, and the same parameters, updates and step give the same result on any layout of devices.
 
-    Updates keep their dtype. Leaves that are not bfloat16 pass through: float32 does not need this, and
-    the range of float16 is too small to keep parameters in it. Float32 updates of bfloat16 parameters need
-    JAX's standard dtype promotion in :func:`optax.apply_updates`. Derivatives do not pass through the rounding:
-    they are zero.
+    Updates keep their dtype. An update in bfloat16 has been rounded to nearest before it arrives here, so a small part
+    of it is lost beside a large one: with a learning rate of 1e-4, a weight decay of 0.01 and parameters of 0.02,
+    nothing decays. Cast the gradients to float32 to keep it: `jax.tree.map(lambda g: g.astype(jnp.float32), grads)`.
+    In the program that updates the parameters this takes no memory and no time. Float32 updates of bfloat16 parameters
+    need JAX's standard dtype promotion in :func:`optax.apply_updates`.
+
+    Leaves that are not bfloat16 pass through: float32 does not need this, and the range of float16 is too small to
+    keep parameters in it. The derivative of a rounded update is zero.
 
     :class:`optax.MultiSteps` accumulates gradients in float32, in four more bytes for each parameter. To avoid them,
     use a larger batch in one step, or small batches without accumulation and `decay ** (new_batch / old_batch)`.
 
     Args:
-        keep_rest: keep the rest of each bfloat16 parameter in one byte.
+        keep_rest: keep the remainder of each bfloat16 parameter in one byte.
 
     Returns:
         A transformation whose `update` needs `params`, and whose state is a :class:`RoundParamsState`.
@@ -84,7 +89,7 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
     References:
         Zamirai et al., `Revisiting BFloat16 training <https://arxiv.org/abs/2010.06192>`_, 2020.
         Ozkara et al., `Stochastic rounding for LLM training <https://arxiv.org/abs/2502.20566>`_, 2025.
-        `FlashOptim <https://arxiv.org/abs/2602.23349>`_, 2026, keeps a rest as well, rounded to nearest.
+        `FlashOptim <https://arxiv.org/abs/2602.23349>`_, 2026, keeps a remainder as well, rounded to nearest.
     """
     keep_rest = _checks.flag("keep_rest", keep_rest)
 
@@ -187,9 +192,8 @@ def params_in_bfloat16(params: optax.Params, state: Any) -> tuple[optax.Params, 
         if name not in remainders or _is_bfloat16(p):
             return p
         if not _is_float(p):
-            raise TypeError(
-                f"params{_states.shown(name)} has dtype {p.dtype}, and state a remainder for it: give floats"
-            )
+            at = f"params{_states.shown(name)}"
+            raise TypeError(f"{at} has dtype {p.dtype}, and state has a remainder for it: allowed are floating dtypes")
         upper, remainders[name] = _split(p)
         return upper
 
@@ -234,26 +238,30 @@ def _update(
     return treedef.unflatten(new), RoundParamsState(step, treedef.unflatten(rests) if has_rest else None)
 
 
-# One array. It is traced once for all leaves of a shape.
+# One array. It is traced once for all leaves of a shape. Without a remainder there is none in the result.
 @jax.jit
 def _round_array(
     seed: _bits.Seed, u: jax.Array, p: jax.Array, rest: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    # A product in bfloat16 may come unrounded from the same program: on one device it does, on some meshes not.
-    exact = (p.astype(jnp.float32) if rest is None else _bits.join(p, rest)) + _rounded(u.astype(jnp.float32), u.dtype)
+    u, p = jax.lax.stop_gradient((u, p))
+    start = p.astype(jnp.float32)
+    # XLA may keep a product in bfloat16 unrounded for what follows it in a program, on some layouts and not on others.
+    # tests/test_rounding.py shows one, in test_every_layout_gives_the_same_bits.
+    exact = (start if rest is None else _bits.join(p, rest)) + _rounded(u.astype(jnp.float32), u.dtype)
     noise = _bits.noise(seed, exact)
     if rest is None:
-        return _difference(_bits.to_16_bits(exact, noise), p.astype(jnp.float32)).astype(u.dtype), None
+        return _difference(_bits.to_16_bits(exact, noise), start).astype(u.dtype), None
     weight = _bits.to_24_bits(exact, noise)
-    difference = _difference(_bits.nearest_16_bits(weight), p.astype(jnp.float32))
+    difference = _difference(_bits.nearest_16_bits(weight), start)
     update = _rounded(difference, u.dtype)
     # No remainder where u cannot hold the difference, or where it is inf: then this is inf - inf.
     exactly = update - difference == 0
     update = update.astype(u.dtype)
-    # As in optax.apply_updates: a TPU computes two results in one kernel if one of them needs the other.
+    # As in optax.apply_updates: a TPU computes parameter and remainder in one kernel if one of them needs the other.
+    # tests/test_tpu.py counts the kernels.
     wide = jnp.promote_types(p.dtype, u.dtype)
-    landed = p.astype(wide) + update.astype(wide)
-    return update, jnp.where(exactly & (landed != 0), _bits.rest_of(weight), jnp.int8(0))
+    landed = (p.astype(wide) + update.astype(wide)).astype(p.dtype)
+    return update, jnp.where(exactly & (landed != 0), _bits.remainder_of(weight), jnp.int8(0))
 
 
 def _difference(end: jax.Array, start: jax.Array) -> jax.Array:
@@ -262,7 +270,7 @@ def _difference(end: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """A float32 rounded to `dtype`. XLA may leave out a conversion and back, but never `reduce_precision`."""
+    """A float32 rounded to `dtype`. XLA may leave out a conversion there and back, but never `reduce_precision`."""
     precision = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, precision.nexp, precision.nmant)
 
@@ -279,8 +287,8 @@ def _remainders(params: Any, state: Any) -> dict[_states.Name, jax.Array]:
         at = f"state{keystr(next(iter(dicts)))}"
         raise TypeError(f"{at} was restored as a dict: put RoundParamsState(**{at}) there")
     nodes = _states.find(state, _is_rounding).values()
-    found = {name: rest for node in nodes for name, rest in _states.arrays_of(node.rest).items()}
-    remainders = {name: rest for name, rest in found.items() if not _states.is_masked(rest)}
+    found = [item for node in nodes for item in _states.arrays_of(node.rest).items()]
+    remainders = {name: rest for name, rest in found if not _states.is_masked(rest)}
     shapes: dict[_states.Name, Any] = {}
     _states.map_arrays(lambda name, p: shapes.update({name: getattr(p, "shape", None)}), params)
     if wrong := [f"params{_states.shown(name)}" for name, rest in remainders.items() if shapes.get(name) != rest.shape]:
@@ -320,7 +328,7 @@ def _split(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The nearest bfloat16 and the remainder."""
     word = _bits.nearest_24_bits(weight)
     upper = _bits.nearest_16_bits(word)
-    return upper.astype(jnp.bfloat16), jnp.where(upper == 0, jnp.int8(0), _bits.rest_of(word))
+    return upper.astype(jnp.bfloat16), jnp.where(upper == 0, jnp.int8(0), _bits.remainder_of(word))
 
 
 def _is_bfloat16(p: Any) -> bool:
