@@ -335,6 +335,7 @@ def test_the_learning_rate_has_two_names_and_a_default(dialect):
     assert tx == dialect(**{own: 1e-2}) == dialect(learning_rate=1e-2)
     assert hash(tx) == hash(dialect(1e-2))
     assert tx != dialect(2e-2)
+    assert dialects.options(dialect, learning_rate=-1e-2) != dialects.options(dialect)  # ascent
     if own != "learning_rate":
         with pytest.raises(ValueError, match="are two names of one argument: give one of them"):
             dialect(**{own: 1e-2, "learning_rate": 1e-2})
