@@ -1,11 +1,15 @@
 """The documentation's generated parts, and the check of a built site. (.ci/run builds it.)"""
 
 import pathlib
+import re
 
 import built_site
 import pytest
 
 from rmsprop_jax import dialects
+
+
+NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 
 
 @pytest.fixture
@@ -52,6 +56,12 @@ def test_equations_become_latex(notebooks):
     assert equations.displayed(code) == code
     table = ["The root of |g| is::", "", "    rms    √ mean |g|", "", "    and |g|", "of |g|."]
     assert equations.escaped(table) == [r"The root of \|g\| is::", *table[1:5], r"of \|g\|."]
+
+
+@pytest.mark.parametrize("page", sorted(NOTEBOOKS.glob("*.md")), ids=lambda path: path.stem)
+def test_code_in_the_pages_has_80_columns(page):
+    blocks = re.findall(r"^```py(?:thon)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 80] == []
 
 
 def test_an_entry_of_the_index_is_found_first():
