@@ -86,6 +86,19 @@ def test_convert_back_must_give_the_names():
         _named.arrays_of(state, convert_back, [*NAMES, "fc.bias"])
 
 
+def test_a_centered_state_goes_out_as_frameworks_keep_it():
+    state = rmsprop(0.1, centered=True, momentum=0.9).init({"w": jnp.ones(2)})
+    state = state._replace(count=7, nu={"w": jnp.array([3.0, 0.0])}, mu={"w": jnp.array([-1.0, 2.0])})
+    count, slots = _named.arrays_of(state, lambda tree: tree)
+    assert count == 7
+    assert {slot: arrays["w"].tolist() for slot, arrays in slots.items()} == {
+        "nu": [4, 4],
+        "mu": [-1, 2],
+        "trace": [0, 0],
+    }
+    assert {arrays["w"].dtype for arrays in slots.values()} == {np.dtype("float32")}
+
+
 def test_a_checkpoint_has_no_place_for_what_wrappers_hold():
     tx = optax.chain(rmsprop(0.1), optax.ema(0.9))
     state = tx.init({"w": jnp.ones(2)})

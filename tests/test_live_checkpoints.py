@@ -428,6 +428,65 @@ def test_torch_optimizers_as_people_save_them():
 
 
 @where_it_is("torch")
+def test_a_live_torch_optimizer_and_its_model():
+    """The head comes first in the optimizer, a bias is tied, a weight is frozen, and a buffer is optimized."""
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    model[0].weight.requires_grad_(False)
+    model.register_buffer("scale", torch.ones(4, requires_grad=True))
+    groups = [{"params": [*model[2].parameters(), model.scale]}, {"params": model[:2].parameters(), "momentum": 0.9}]
+    optimizer = torch.optim.RMSprop(groups, lr=3e-3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(torch.randn(16, 4)) * model.scale).square().mean().backward()
+        optimizer.step()
+    state = interop.from_pytorch(optimizer, model)
+    expected = {name: optimizer.state.get(p) for name, p in [*model.named_parameters(), ("scale", model.scale)]}
+    assert set(state.nu) == set(expected)
+    for name, entry in expected.items():
+        np.testing.assert_array_equal(state.nu[name], entry["square_avg"].numpy() if entry else np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="shapes do not tell which weight is which"):
+        interop.from_pytorch(optimizer.state_dict(), {name: torch.ones(4, 4) for name in expected})
+
+
+@where_it_is("torch")
+@pytest.mark.parametrize("kind", ["sparse", "csr", "quantized", "bfloat16", "DTensor", "meta", "fake"])
+def test_torch_tensors_of_other_kinds(kind):
+    import torch
+    import torch.distributed
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh, Shard
+
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.RMSprop([p])
+    p.grad = torch.full_like(p, 8.0)
+    optimizer.step()
+    x = optimizer.state[p]["square_avg"].fill_(1.5)
+    if kind == "DTensor":
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        optimizer.state[p]["square_avg"] = {
+            "sparse": lambda: x.to_sparse(),
+            "csr": lambda: x.to_sparse_csr(),
+            "quantized": lambda: torch.quantize_per_tensor(x, 0.5, 0, torch.quint8),
+            "bfloat16": lambda: x.bfloat16(),
+            "DTensor": lambda: distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(0)]),
+            "meta": lambda: x.to("meta"),
+            "fake": lambda: FakeTensorMode().from_tensor(x),
+        }[kind]()
+        if kind in ("meta", "fake"):
+            with pytest.raises(ValueError, match=r"square_avg of w is a \w*Tensor that NumPy cannot read"):
+                interop.from_pytorch(optimizer, ["w"])
+        else:
+            np.testing.assert_array_equal(interop.from_pytorch(optimizer, ["w"]).nu["w"], np.full((2, 2), 1.5))
+    finally:
+        if kind == "DTensor":
+            torch.distributed.destroy_process_group()
+
+
+@where_it_is("torch")
 @pytest.mark.parametrize("flat", [False, True])
 def test_torch_distributed_state_dicts(flat):
     import torch
