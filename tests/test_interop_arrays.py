@@ -83,6 +83,18 @@ def test_arrays_of_every_kind_are_read(name, x):
     np.testing.assert_array_equal(read(make(x, np.ones(2), 5)).nu["w"], [1, 2])
 
 
+class Booleans(Fake):
+    """A torch tensor of booleans; those of Paddle have no `double`, either."""
+
+    double = None
+
+    def is_floating_point(self):
+        return False
+
+    def __array__(self, *_):
+        return np.asarray(self.x)
+
+
 class Meta(Fake):
     def detach(self):
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
@@ -99,6 +111,7 @@ REFUSED = {
     "booleans": np.array([True, False]),
     "a date": np.array(["2020-01-01"], "datetime64[D]"),
     "torch meta": Meta(None),
+    "torch booleans": Booleans([True, False]),
     "complex": np.ones(2, np.complex64),
 }
 

@@ -116,8 +116,7 @@ def parameters(
         if len(given) not in (len(group_of), len(stepped)):
             raise ValueError(
                 f"the optimizer has {len(group_of)} parameters, of which {len(stepped)} have stepped; "
-                f"names has {len(given)}: {given}. With the optimizer itself and its model, from_pytorch(optimizer, model), "
-                "they need not be the same"
+                f"names has {len(given)}: {given}. They may differ if you pass the optimizer itself and its model"
             )
         keys = dict.fromkeys(group_of if len(given) == len(group_of) else stepped)
         parts = [part for group in groups if (part := [key for key in group["params"] if key in keys])]
