@@ -130,9 +130,6 @@ def _collect(state: Any, into: Any) -> tuple[Contents, Contents]:
     return _states.contents_of(state, whole=not chain_into), _states.contents_of(into, "`into`", whole=not chain)
 
 
-Found = Mapping[Name, Accumulators]
-
-
 def _counts(old: Contents, names: Collection[Name] = ()) -> list[Any]:
     """The count of the groups that have these parameters, or of all groups. Several if they differ; 0 without one."""
     groups = [at for at, node in old.states.items() if _states.names_of(node) & {*names}] or old.states
@@ -144,7 +141,7 @@ def _distinct(values: list[Any]) -> list[Any]:
     return values[:1] if all(_equal(x, values[0]) for x in values) else values
 
 
-def _moves_of_accumulators(found: Found, old: Contents, new: Contents) -> dict[Path, Move]:
+def _moves_of_accumulators(found: Mapping[Name, Accumulators], old: Contents, new: Contents) -> dict[Path, Move]:
     moves = {}
     for at, node in new.states.items():
         slots = [*_states.slots_of(node)]
@@ -160,7 +157,7 @@ def _moves_of_accumulators(found: Found, old: Contents, new: Contents) -> dict[P
 
 def _sources(found: Accumulators, slot: str, node: Any, centered: bool, x: Any) -> list[Any]:
     """The value for one slot of a state, as it keeps it."""
-    value, theirs = getattr(found, slot), not _states.is_ours(node)
+    value, theirs = getattr(found, slot), not isinstance(node, RMSPropState)
     if slot == "nu" and found.mu is not None and (theirs or not centered):
         value = _states.second_moment(found.nu, found.mu)
     if slot == "trace" and value is not None and theirs:
@@ -170,7 +167,7 @@ def _sources(found: Accumulators, slot: str, node: Any, centered: bool, x: Any) 
     return [value]
 
 
-def _fitted(old: Contents, new: Contents) -> Found:
+def _fitted(old: Contents, new: Contents) -> dict[Name, Accumulators]:
     """The accumulators of `old`, also where one side has all parameters in one vector, as optax.flatten makes it."""
     found = old.accumulators()
     if len(old.states) != 1 or len(new.states) != 1:
@@ -224,7 +221,7 @@ _ONE_COUNT = "Give them one, such as optax.tree.set(state, count=...)"
 _NO_PLACE = "`into` has no place for it on the same side of RMSProp's state"
 
 
-def _unknown(found: Found, old: Contents, new: Contents, allow_new: bool) -> Iterator[str]:
+def _unknown(found: Mapping[Name, Accumulators], old: Contents, new: Contents, allow_new: bool) -> Iterator[str]:
     """Parameters that only one of the two has."""
     absent, left_out = old.masked(), new.masked()
     places = set().union(*map(_states.names_of, new.states.values()))
@@ -269,7 +266,7 @@ def _lost(old: Contents, new: Contents, reason: str) -> Iterator[str]:
         yield f"state also holds {listed(lost)}: {reason}. To leave it behind, pass RMSProp's own state, {itself}"
 
 
-def _exchanged_buffers(found: Found, new: Contents, moves: Mapping[Path, Move]) -> Iterator[str]:
+def _exchanged_buffers(found: Mapping[Name, Accumulators], new: Contents, moves: Mapping[Path, Move]) -> Iterator[str]:
     """A momentum buffer that would be dropped where `into` starts another one, which means something else."""
     traces = [path for path, key in new.keys.items() if key.kind is optax.TraceState and not moves[path].sources]
     kept = any(move.slot == "trace" for move in moves.values())

@@ -31,7 +31,6 @@ __all__ = [
     "find",
     "is_masked",
     "is_optax_chain",
-    "map_arrays",
     "name_of",
     "one_tree",
     "replace",
@@ -161,9 +160,9 @@ def _without_rmsprop(state: Any, argument: str, contents: Contents) -> str:
         f"no state of RMSProp in {argument}, which is a {type(state).__name__}: it holds {listed(kinds) or 'nothing'}"
     )
     for path in contents.arrays:
-        if "nu" in name_of(path):
-            where = f"{argument}{keystr(path[: name_of(path).index('nu')])}"
-            return f"{error}. Restored as a dict, it is RMSPropState(**{where})"
+        if DictKey("nu") in path:
+            where = f"{argument}{keystr(path[: path.index(DictKey('nu'))])}"
+            return f"{error}. If {where} is RMSProp's, restored as a dict, put RMSPropState(**{where}) there"
     return error
 
 
@@ -185,11 +184,6 @@ def names_of(node: Any) -> set[Name]:
 def nu_of(node: Any) -> Any:
     """ν of a state of RMSProp, as a tree like the parameters."""
     return node[0].nu if type(node) is tuple else node.nu
-
-
-def is_ours(node: Any) -> bool:
-    """Whether a state of RMSProp is ours, and not Optax's."""
-    return isinstance(node, RMSPropState)
 
 
 def is_optax_chain(x: Any) -> bool:
@@ -224,7 +218,7 @@ def _accumulators(node: Any) -> dict[Name, Accumulators]:
         for name, x in columns["nu"].items()
         if not is_masked(x)
     }
-    return found if is_ours(node) else {name: _from_optax(x) for name, x in found.items()}
+    return found if isinstance(node, RMSPropState) else {name: _from_optax(x) for name, x in found.items()}
 
 
 def _from_optax(theirs: Accumulators) -> Accumulators:

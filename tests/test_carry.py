@@ -647,7 +647,7 @@ def test_somebody_else_s_state_is_named(tx):
 def test_a_state_restored_as_a_dict_is_refused_with_the_way_out():
     state, tx = trained(rmsprop(0.1)), rmsprop(0.1)
     kept = {"opt_state": [{}, {**state._asdict(), "nu": dict(state.nu)}]}
-    with pytest.raises(ValueError, match=r"Restored as a dict, it is RMSPropState\(\*\*state\['opt_state'\]\[1\]\)"):
+    with pytest.raises(ValueError, match=r"restored as a dict, put RMSPropState\(\*\*state\['opt_state'\]\[1\]\)"):
         carry_over(kept, tx.init(PARAMS))
     chex.assert_trees_all_equal(carry_over(RMSPropState(**kept["opt_state"][1]), tx.init(PARAMS)), state)
 
@@ -1156,7 +1156,7 @@ def test_nnx_is_restored_without_a_target(tmp_path):
     saved(tmp_path, nnx.state(optimizer))
     kept = restored(tmp_path)
     _, fresh = made()
-    with pytest.raises(ValueError, match=r"Restored as a dict, it is RMSPropState\(\*\*state\['opt_state'\]\['1'\]\)"):
+    with pytest.raises(ValueError, match=r"restored as a dict, put RMSPropState\(\*\*state\['opt_state'\]\['1'\]\)"):
         carry_over(kept, fresh.opt_state)
     fresh.opt_state = carry_over(RMSPropState(**kept["opt_state"]["1"]), fresh.opt_state)  # as the error says
     chex.assert_trees_all_equal(fresh.opt_state, optimizer.opt_state)

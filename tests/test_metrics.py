@@ -402,7 +402,7 @@ def test_a_given_rate_beside_injected_ones():
     )
     found = metrics(trained(groups)[0], learning_rate=decreasing)
     rates = {name: float(x) for name, x in found.items() if "rate" in name}
-    assert rates == {"one/learning_rate": 0.5, "two/learning_rate": 0.25, "learning_rate": decreasing(2)}
+    assert rates == {"one/learning_rate": 0.5, "two/learning_rate": 0.25, "learning_rate": np.float32(decreasing(2))}
 
 
 # --- What is left out -------------------------------------------------------------------------------------
@@ -608,7 +608,7 @@ SHAPES = r"update\['w'\] has shape \(8, 16\), and state has \(16, 8\) for it: th
         ),
         (lambda: metrics(FLAT, {"a": jnp.ones(2), "b": jnp.ones(2)}), ValueError, r"and state has \(5,\) for it"),
         (lambda: metrics(rmsprop(0.1).init(jnp.ones((2, 3))), jnp.ones((3, 2))), ValueError, r"has shape \(3, 2\)"),
-        (lambda: metrics(STATE._asdict()), ValueError, r"Restored as a dict, it is RMSPropState\(\*\*state\)"),
+        (lambda: metrics(STATE._asdict()), ValueError, r"restored as a dict, put RMSPropState\(\*\*state\)"),
         (lambda: metrics(STATE, learning_rate="1"), TypeError, "learning_rate='1' has type str"),
         (lambda: metrics(STATE, learning_rate=np.inf), ValueError, "learning_rate=inf: allowed is a finite number"),
         (lambda: metrics(STATE, learning_rate=lambda t: None), TypeError, r"learning_rate\(count\)=None has type"),
