@@ -21,6 +21,7 @@ EVERY_NOISE = np.arange(2**16, dtype=np.uint32) << 16
 NAN_WORDS = np.array([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], np.uint32)
 
 to_uint8, to_int8, to_bfloat16 = (jax.jit(f) for f in (_bits.to_uint8, _bits.to_int8, _bits.to_bfloat16))
+to_24_bits = jax.jit(_bits.to_24_bits)
 
 
 def stored(encode, x, noise):
@@ -111,6 +112,45 @@ def test_bfloat16_saturates_what_float32_cannot_hold(x64):
     np.testing.assert_allclose(np.asarray(kept, np.float64), [largest, -largest, np.nan], rtol=0.01)
 
 
+# --- A bfloat16 and eight bits ------------------------------------------------------------------------
+
+
+def test_every_weight_of_24_bits_has_one_encoding():
+    """All of one binade, of both signs: the nearest bfloat16, half up, and a remainder that gives the weight again."""
+    magnitude = np.arange(2**15 + 2**9, dtype=np.uint32) * 256 + np.float32(1.0).view(np.uint32)
+    for word in (magnitude, magnitude | np.uint32(1 << 31)):
+        nearest, rest = _bits.nearest_16_bits(jnp.asarray(word)), _bits.remainder_of(jnp.asarray(word))
+        exact, upper = (np.float64(x) for x in (word.view(np.float32), np.asarray(nearest)))
+        unit = 2.0 ** (np.floor(np.log2(abs(exact))) - 7)
+        assert (nearest == nearest.astype(jnp.bfloat16).astype(jnp.float32)).all()
+        assert (abs(upper - exact) <= unit / 2).all()
+        assert (abs(upper) > abs(exact))[abs(upper - exact) == unit / 2].all()
+        assert set(np.unique(rest)) == set(range(-128, 128))
+        joined = _bits.join(nearest.astype(jnp.bfloat16), rest)
+        np.testing.assert_array_equal(np.asarray(joined).view(np.uint32), word)
+
+
+@settings(max_examples=200)
+@given(x=st.floats(-(2.0**126), 2.0**126, width=32, allow_subnormal=False))
+def test_24_bits_take_one_of_two_neighbours_and_are_exact_in_the_mean(x):
+    word = np.float32(x).view(np.uint32)
+    chosen = np.asarray(to_24_bits(np.full(256, x, np.float32), np.arange(256, dtype=np.uint32) << 24)) & 0xFFFFFF00
+    below, above = word & np.uint32(0xFFFFFF00), (word & np.uint32(0xFFFFFF00)) + np.uint32(256)
+    assert set(chosen) <= {below, above}
+    assert (chosen == above).sum() == word - below
+    nearest = np.asarray(_bits.nearest_24_bits(jnp.float32(x))) & 0xFFFFFF00
+    assert nearest == (above if word - below >= 128 else below)
+
+
+@pytest.mark.parametrize("noise", [0, 2**32 - 1])
+def test_nan_and_inf_stay_in_24_bits(noise):
+    nan, inf = NAN_WORDS.view(np.float32), np.float32([np.inf, -np.inf])
+    for x, same in ((nan, np.isnan), (inf, lambda y: y == inf)):
+        for word in (to_24_bits(x, np.full(x.shape, noise, np.uint32)), _bits.nearest_24_bits(jnp.asarray(x))):
+            assert same(np.asarray(_bits.nearest_16_bits(word))).all()
+            assert not np.asarray(_bits.remainder_of(word)).any()
+
+
 # --- Random bits --------------------------------------------------------------------------------------
 
 
@@ -130,6 +170,13 @@ def test_noise_of_related_values_is_independent(one, other):
     noise = np.asarray(draws(jnp.arange(1, 4097), jnp.asarray([one, other] * 32)))
     assert np.abs(noise.mean(0)).max() < 5 / np.sqrt(4096)
     assert np.abs(noise.T @ noise / len(noise) - np.eye(64)).max() < 6 / np.sqrt(4096)
+
+
+@pytest.mark.parametrize(("one", "other"), [*RELATED[1:], (1.0, 2.0**64)])
+def test_noise_at_one_place_is_independent_for_different_values(one, other):
+    """As in two leaves: opposite values differ in the first bit of a word, which a product does not spread."""
+    noise = [np.asarray(draws(jnp.arange(1, 4097), jnp.full(64, x))) for x in (one, other)]
+    assert abs((noise[0] * noise[1]).mean(0)).max() < 6 / np.sqrt(4096)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
