@@ -131,7 +131,6 @@ def dialect_of(function: Callable[..., Any]) -> Dialect:
 
 def _acting(options: dict[str, Any]) -> dict[str, Any]:
     """The options without those of a momentum or a weight decay that is off, by None or by 0."""
-    options = {name: _checks.plain(value) for name, value in options.items()}
     idle: set[str] = set()
     if _checks.off(options.get("momentum")) is None:
         idle |= {"momentum", "lr_in_momentum", "nesterov"}
