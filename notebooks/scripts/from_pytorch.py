@@ -58,11 +58,11 @@ def torch_steps(first, last):
 torch_steps(0, HALF)
 
 # --- Flax NNX --------------------------------------------------------------
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-from flax import nnx  # noqa: E402
-from rmsprop_jax import carry_over, dialects, interop  # noqa: E402
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from rmsprop_jax import carry_over, dialects, interop
 
 
 class Net(nnx.Module):

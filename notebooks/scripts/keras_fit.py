@@ -52,8 +52,8 @@ class Optax(keras.optimizers.Optimizer):
 
 
 # --- Training --------------------------------------------------------------
-import jax.numpy as jnp  # noqa: E402
-from rmsprop_jax import dialects  # noqa: E402
+import jax.numpy as jnp
+from rmsprop_jax import dialects
 
 
 def make_model(optimizer):
