@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+import stacked
 from compilers import CHIPS, CUDA, devices, forget, instructions, Kernel
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from meshes import collectives
@@ -351,6 +352,68 @@ def peak(chip: str, name: str, trained: str) -> dict[str, Any]:
     }
 
 
+# --- The step inside the backward pass ----------------------------------------------------------------
+
+STACKED = stacked.Size(layers=20, width=2048, heads=16, length=1024, vocabulary=32_000)
+STEPPED = ("optax.adam", "optax.rmsprop, plain", "ours, uint8 state, plain", "ours, three bytes", "ours, four bytes")
+SHARDED_STEPS = ("ours, three bytes",)  # as by FSDP, on all chips of the topology
+
+
+def stepped(chip: str, name: str, inside: bool, fsdp: bool = False, size: stacked.Size = STACKED) -> dict[str, Any]:
+    """A whole training step of a Transformer with stacked layers, with and without the gradients of all of them."""
+    found = devices(CHIPS[chip].topology)
+    mesh = Mesh(found if fsdp else found[:1], "x", axis_types=(AxisType.Auto,))
+    tx, dtype, _ = updates_of_all()[name]
+
+    def place(tree: Any, stack: int) -> Any:
+        def sharding(x: Any) -> NamedSharding:
+            split = fsdp and x.ndim >= stack + 2
+            return NamedSharding(mesh, P(*(None,) * stack, "x") if split else P())
+
+        return with_sharding(tree, jax.tree.map(sharding, tree))
+
+    def placed(trees: Any) -> Any:
+        return tuple(place(tree, stack) for stack, tree in enumerate(trees))
+
+    params = placed(stacked.shapes(size, dtype))
+    states = placed(jax.eval_shape(tx.init, tree) for tree in params)
+
+    def keep(trees: Any) -> Any:
+        return jax.tree.map(lambda x, p: jax.lax.with_sharding_constraint(x, p.sharding), trees, params)
+
+    tokens = jax.ShapeDtypeStruct((size.batch * len(mesh.devices), size.length + 1), "int32")
+    tokens = with_sharding(tokens, NamedSharding(mesh, P("x") if fsdp else P()))
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    row = {"chip": chip, "training step": name, "gradients": "of a layer" if inside else "of all layers"}
+    row |= {"devices": len(mesh.devices), "parameters": f"{parameters:,}"}
+    try:
+        program, seconds = compiled(stacked.step_of(size, tx, inside, keep), params, states, tokens)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return row | {"peak": None}  # it does not fit
+    memory, text = program.memory_analysis(), program.as_text()
+    beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    share = len(mesh.devices) / parameters
+    return row | {
+        "parameters and state": memory.argument_size_in_bytes * share,
+        "all else": beside * share,
+        "peak": (memory.argument_size_in_bytes + beside) * share,
+        "copies of stacks": copies_of_stacks(text, size.layers),
+        "matrix products": len(re.findall(r" (?:convolution|dot)\(", text)),
+        "collectives": collectives(text),
+        "kept": jax.tree.map(lambda p: p.sharding, params) == program.output_shardings[0] if fsdp else None,
+        "compile seconds": seconds,
+    }
+
+
+def copies_of_stacks(text: str, layers: int) -> int:
+    """Copies of matrices of all layers, from one place of the main memory to another, anywhere in a program."""
+    found = [INSTRUCTION.match(line) for line in text.splitlines()]
+    copies = [x[2] for x in found if x and x[3] in ("copy", "copy-start")]
+    return sum(bool(re.search(rf"\[{layers},\d+,", x)) and all(a.on_device for a in arrays_of(x)) for x in copies)
+
+
 # --- Meshes -------------------------------------------------------------------------------------------
 
 MESHES = {"v5e:4x4": (4, 4), "v5p:2x2x1": (2, 2), "v6e:2x2": (2, 2), "h100:1x1x8": (4, 2)}
@@ -448,7 +511,7 @@ COMPLETE = (("v5e", "16M"), ("h100", "16M"))
 # In the other cases those that say most. For a TPU, 160 leaves take minutes each.
 FEW = ("optax.rmsprop, plain", "ours, float32 state, plain", "ours, uint8 state, plain")
 FEW += ("ours, three bytes", "ours, four bytes", "optax.adam", "optax.adafactor")
-PARTS = ("updates", "meshes", "host", "peaks")
+PARTS = ("updates", "meshes", "host", "peaks", "layers")
 
 
 def main() -> None:
@@ -488,6 +551,13 @@ def main() -> None:
         for name in chosen(chip, MODELS[size].trained if size in arguments.models else ()):
             rows = [peak(chip, size, name)]
             report.update("peaks", rows, ("chip", "training step", "parameters"))
+            report.show(without_empty(rows))
+    if "layers" in arguments.parts:
+        cases = [(chip, name, False) for chip in ("v5e", "h100") for name in chosen(chip, STEPPED)]
+        cases += [("v5e", name, True) for name in chosen("v5e", SHARDED_STEPS)]
+        for (chip, name, fsdp), inside in itertools.product(cases, (False, True)):
+            rows = [stepped(chip, name, inside, fsdp)]
+            report.update("layers", rows, ("chip", "training step", "gradients", "devices"))
             report.show(without_empty(rows))
 
 
