@@ -160,16 +160,16 @@ def test_a_run_ends_with_the_bits_of_the_ordinary_one(name):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_bits_and_shardings_on_a_mesh_are_those_of_the_ordinary_step(kind):
     """Sharded as by FSDP, in another axis than that of the layers."""
-    mesh = mesh_of(kind, (2,))
+    mesh, reshard = mesh_of(kind, (2,)), getattr(jax, "reshard", None) or jax.sharding.reshard  # before jax 0.8
     place = lambda x, axes: jax.device_put(x, NamedSharding(mesh, P(*axes)))  # noqa: E731
     _, params = parameters(jnp.bfloat16)
     params = {"kernel": place(params["kernel"], (None, "x")), "bias": place(params["bias"], (None, "x"))}
     x = place(jnp.ones((BATCH, WIDTH), jnp.bfloat16), ("x",))
 
     def layer(params, x, each):
-        gathered = {"kernel": jax.reshard(params["kernel"], P()), "bias": jax.reshard(params["bias"], P())}
-        gathered = gathered if kind == AxisType.Explicit else params
-        return x + jnp.tanh(x @ gathered["kernel"] + gathered["bias"][None]) * each, None
+        if kind == AxisType.Explicit:
+            params = jax.tree.map(lambda p: reshard(p, P()), params)
+        return x + jnp.tanh(x @ params["kernel"] + params["bias"][None]) * each, None
 
     def loss(outer, layers, x):
         y, _ = layers(x, jnp.arange(1, LAYERS + 1, dtype=x.dtype))

@@ -44,9 +44,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def started(out, *command):
+def started(out, *command, arguments=ARGUMENTS):
     return subprocess.Popen(
-        [sys.executable, *map(str, command), *ARGUMENTS, "--out", str(out)],
+        [sys.executable, *map(str, command), *arguments, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -95,11 +95,11 @@ def logged(folder):
 
 
 def test_the_scripts_are_found():
-    assert [script.stem for script in SCRIPTS] == ["train_equinox", "train_linen", "train_nnx"]
+    assert [script.stem for script in SCRIPTS] == ["train_equinox", "train_layers", "train_linen", "train_nnx"]
 
 
 # One test for each script, because each check needs the same three runs.
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [x for x in SCRIPTS if x.stem != "train_layers"], ids=lambda path: path.stem)
 def test_a_killed_run_ends_with_the_same_bits(script, tmp_path, subtests, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process, victim = started(whole, script), started(killed, "-c", KILLED, script)
@@ -159,3 +159,23 @@ def check_events(values, resumed, with_updates):
         rate = schedule(jnp.int32(step // ACCUMULATED - 1))
         np.testing.assert_allclose(values["learning_rate"][step], rate, rtol=1e-5)
     assert values["loss"][STEPS] < values["loss"][LOGGED] / 2
+
+
+def test_a_killed_run_inside_the_backward_pass_ends_with_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    (script,) = [x for x in SCRIPTS if x.stem == "train_layers"]
+    text = pathlib.Path(__file__).parents[1] / "README.md"
+    arguments = ["--text", str(text), "--steps", "15", "--save-every", "5", "--log-every", "5"]
+    stdout = finished(started(whole, script, arguments=arguments))
+    victim = started(killed, "-c", KILLED, script, arguments=arguments)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    assert steps_saved(killed) == [5]
+    resumed = finished(started(killed, script, arguments=arguments))
+    end = saved(whole, 15)
+    assert_equal(saved(killed, 15), end)
+    assert stdout.splitlines()[-4:] == resumed.splitlines()[-4:]
+    assert "828,544 parameters, 3.00 bytes for each parameter and its state" in stdout
+    assert {str(x.dtype) for x in found(end, "nu")} == {"uint8"}
+    losses = logged(whole)["loss"]
+    assert losses[15] < losses[5] - 0.3

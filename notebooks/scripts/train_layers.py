@@ -20,7 +20,12 @@ import optax
 import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 
-from rmsprop_jax import metrics, rmsprop, round_params_stochastically, value_and_update
+from rmsprop_jax import (
+    metrics,
+    rmsprop,
+    round_params_stochastically,
+    value_and_update,
+)
 
 
 LAYERS, WIDTH, HEADS, LENGTH, BATCH = 4, 128, 4, 64, 16
@@ -33,7 +38,10 @@ def init(seed):
     random = np.random.default_rng(seed)
 
     def normal(*shape, scale=None):
-        return jnp.asarray(random.normal(size=shape) * (scale or shape[-2] ** -0.5), jnp.bfloat16)
+        return jnp.asarray(
+            random.normal(size=shape) * (scale or shape[-2] ** -0.5),
+            jnp.bfloat16,
+        )
 
     def ones(*shape):
         return jnp.ones(shape, jnp.bfloat16)
@@ -60,14 +68,20 @@ def normalized(x, scale):
 
 
 def dropped(key, x):
-    return jnp.where(jax.random.bernoulli(key, 1 - DROPOUT, x.shape), x / (1 - DROPOUT), 0)
+    return jnp.where(
+        jax.random.bernoulli(key, 1 - DROPOUT, x.shape), x / (1 - DROPOUT), 0
+    )
 
 
 def layer(params, x, key):
     """One layer, with its own key for dropout."""
     keys = jax.random.split(key)
-    qkv = (normalized(x, params["norm1"]) @ params["qkv"]).reshape(*x.shape[:2], 3, HEADS, -1)
-    attended = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), is_causal=True)
+    qkv = (normalized(x, params["norm1"]) @ params["qkv"]).reshape(
+        *x.shape[:2], 3, HEADS, -1
+    )
+    attended = jax.nn.dot_product_attention(
+        *jnp.moveaxis(qkv, 2, 0), is_causal=True
+    )
     x = x + dropped(keys[0], attended.reshape(x.shape) @ params["out"])
     hidden = jax.nn.gelu(normalized(x, params["norm2"]) @ params["up"])
     return x + dropped(keys[1], hidden @ params["down"]), None
@@ -77,14 +91,22 @@ def loss(outer, layers, tokens, keys):
     x = outer["token"][tokens[:, :-1]] + outer["position"]
     x, _ = layers(x, keys)  # where jax.lax.scan would be
     logits = normalized(x, outer["norm"]) @ outer["token"].T
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), tokens[:, 1:]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), tokens[:, 1:]
+    ).mean()
 
 
 def make_optimizer(steps):
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warmup_steps=steps // 20, decay_steps=steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, 2e-3, warmup_steps=steps // 20, decay_steps=steps
+    )
     return schedule, optax.chain(
-        optax.clip_by_block_rms(1.0),  # a clip by the global norm would need all gradients
-        rmsprop(schedule, decay=0.99, bias_correction=True, state_dtype=jnp.uint8),
+        optax.clip_by_block_rms(
+            1.0
+        ),  # a clip by the global norm would need all gradients
+        rmsprop(
+            schedule, decay=0.99, bias_correction=True, state_dtype=jnp.uint8
+        ),
         round_params_stochastically(),  # always last
     )
 
@@ -92,48 +114,84 @@ def make_optimizer(steps):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def train_step(tx, run, tokens, keys):
     step = value_and_update(loss, layer, tx)
-    value, grads, layers, state = step(run["outer"], run["layers"], run["state"], tokens, keys)
+    value, grads, layers, state = step(
+        run["outer"], run["layers"], run["state"], tokens, keys
+    )
     # The other parameters are updated as ever.
     updates, outer_state = tx.update(grads, run["outer_state"], run["outer"])
     outer = optax.apply_updates(run["outer"], updates)
-    return value, {"outer": outer, "layers": layers, "state": state, "outer_state": outer_state}
+    return value, {
+        "outer": outer,
+        "layers": layers,
+        "state": state,
+        "outer_state": outer_state,
+    }
 
 
 def read(path):
     """The bytes of a text, or of all texts in a folder."""
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    return np.frombuffer(b"\n".join(file.read_bytes() for file in files), np.uint8).astype(np.int32)
+    return np.frombuffer(
+        b"\n".join(file.read_bytes() for file in files), np.uint8
+    ).astype(np.int32)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--text", type=pathlib.Path, required=True, help="a file, or a folder of .txt files")
+    parser.add_argument(
+        "--text",
+        type=pathlib.Path,
+        required=True,
+        help="a file, or a folder of .txt files",
+    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--save-every", type=int, default=100, help="steps")
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, default="runs/layers", help="folder of checkpoints and event files")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default="runs/layers",
+        help="folder of checkpoints and event files",
+    )
     args = parser.parse_args(arguments)
 
     text = read(args.text)
     schedule, tx = make_optimizer(args.steps)
     outer, layers = init(args.seed)
-    run = {"outer": outer, "layers": layers, "state": tx.init(layers), "outer_state": tx.init(outer)}
+    run = {
+        "outer": outer,
+        "layers": layers,
+        "state": tx.init(layers),
+        "outer_state": tx.init(outer),
+    }
 
     checkpoints = ocp.CheckpointManager(
-        args.out.resolve() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+        args.out.resolve() / "checkpoints",
+        options=ocp.CheckpointManagerOptions(max_to_keep=2),
     )
     start = checkpoints.latest_step() or 0
     if start:
         run = checkpoints.restore(start, args=ocp.args.StandardRestore(run))
-    with checkpoints, SummaryWriter(str(args.out), purge_step=start + 1) as writer:
+    with (
+        checkpoints,
+        SummaryWriter(str(args.out), purge_step=start + 1) as writer,
+    ):
         for step in range(start + 1, args.steps + 1):
             # Batch and dropout depend on the number of the step alone, so a resumed run sees what it would have seen.
-            starts = np.random.default_rng((args.seed, step)).integers(len(text) - LENGTH, size=(BATCH, 1))
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), step), LAYERS)
-            value, run = train_step(tx, run, text[starts + np.arange(LENGTH + 1)], keys)
+            starts = np.random.default_rng((args.seed, step)).integers(
+                len(text) - LENGTH, size=(BATCH, 1)
+            )
+            keys = jax.random.split(
+                jax.random.fold_in(jax.random.key(args.seed), step), LAYERS
+            )
+            value, run = train_step(
+                tx, run, text[starts + np.arange(LENGTH + 1)], keys
+            )
             if step % args.log_every == 0:
-                logged = {"loss": value} | metrics(run["state"], params=run["layers"], learning_rate=schedule)
+                logged = {"loss": value} | metrics(
+                    run["state"], params=run["layers"], learning_rate=schedule
+                )
                 for name, x in logged.items():
                     writer.add_scalar(name, float(x), step)
                 print(f"step {step}: loss {float(value):.3f}", flush=True)
@@ -141,11 +199,18 @@ def main(arguments=None):
                 checkpoints.save(step, args=ocp.args.StandardSave(run))
 
     def of(*names):
-        return sum(x.nbytes for x in jax.tree.leaves([run[name] for name in names]))
+        return sum(
+            x.nbytes for x in jax.tree.leaves([run[name] for name in names])
+        )
 
     n = sum(x.size for x in jax.tree.leaves((run["outer"], run["layers"])))
-    print(f"{n:,} parameters, {of(*run) / n:.2f} bytes for each parameter and its state")
-    print(f"gradients at once: {of('outer') + of('layers') // LAYERS:,} bytes, of {of('outer', 'layers'):,} in all")
+    print(
+        f"{n:,} parameters, {of(*run) / n:.2f} bytes for each parameter and its state"
+    )
+    at_once = of("outer") + of("layers") // LAYERS
+    print(
+        f"gradients at once: {at_once:,} bytes, of {of('outer', 'layers'):,} in all"
+    )
 
 
 if __name__ == "__main__":
