@@ -518,6 +518,7 @@ def test_tf_keras_moves_its_epsilon_also_when_traced():
     np.testing.assert_allclose(first_step(0.9), -1 / np.sqrt(0.1 + 1), rtol=1e-6)
     np.testing.assert_allclose(first_step(None), -1 / (np.sqrt(0.1) + 1), rtol=1e-6)
     np.testing.assert_allclose(jax.jit(first_step)(0.9), -1 / np.sqrt(0.1 + 1), rtol=1e-6)
+    assert dialects.options(dialects.tf_keras, epsilon=0)["eps"] == 1e-7  # what it is there as well
 
 
 # --- Where the state lies -----------------------------------------------------------------------------------
