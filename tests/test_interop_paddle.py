@@ -123,3 +123,15 @@ def test_a_momentum_is_kept_if_there_is_one():
     state = interop.from_paddle(arrays)
     assert state.mu is None
     assert state.trace is not None
+
+
+def test_a_mean_that_is_zero_everywhere_is_no_centering():
+    arrays, names = checkpoint("paddle", ROWS["paddle"].cases[1])
+    assert set(interop.from_paddle(arrays).mu) == set(names)
+    still = {key: np.zeros_like(x) if "mean_grad" in key else x for key, x in arrays.items()}
+    assert interop.from_paddle(still).mu is None
+    one = next(key for key in arrays if "mean_grad" in key)
+    assert set(interop.from_paddle({**still, one: arrays[one]}).mu) == set(names)
+    del still[one]
+    with pytest.raises(ValueError, match=r"lacks {'mean_grad': \["):
+        interop.from_paddle(still)

@@ -130,6 +130,15 @@ def test_averages_tell_an_old_pytorch_from_stable_baselines3(alpha, steps, scale
         interop.from_pytorch(tf_like, ["w"])
 
 
+def test_each_group_is_judged_by_its_own_averages():
+    both = [run_of_old_class(first, 0.99, 30, 1.0)["state"][0] for first in (0.0, 1.0)]
+    found = checkpoint([group([0]), group([1])], dict(enumerate(both)))
+    with pytest.raises(ValueError, match=r"use from_stable_baselines3.* Group 1 has"):
+        interop.from_pytorch(found, ["a", "b"])
+    with pytest.raises(ValueError, match=r"use from_pytorch. Group 0 has"):
+        interop.from_stable_baselines3(found, ["a", "b"])
+
+
 def test_where_averages_do_not_tell_both_classes_are_read():
     # What started at 1 has become zero in float32, or is far below averages of large gradients.
     zero = run_of_old_class(0.0, 0.9, 2000, 0.1)

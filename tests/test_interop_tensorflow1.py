@@ -70,3 +70,21 @@ def test_a_slot_that_is_there_twice():
     slots = {"w/RMSProp": np.ones(2), "w/RMSProp_1": np.ones(2), "w/RMSProp:0": np.zeros(2)}
     with pytest.raises(ValueError, match=r"RMSProp of w twice.*: w/RMSProp and w/RMSProp:0"):
         interop.from_tensorflow1(slots, count=7)
+
+
+def test_a_centered_state_goes_there_and_back():
+    state = rmsprop(0.1, momentum=0.9, centered=True).init({"w": jnp.ones(2)})
+    state = state._replace(count=jnp.int32(7), nu={"w": jnp.array([3.0, 1.0])}, mu={"w": jnp.array([1.0, 2.0])})
+    slots = interop.to_tensorflow1(state, lambda tree: tree)
+    assert {key: x.tolist() for key, x in slots.items()} == {
+        "w/RMSProp": [4, 5],
+        "w/RMSProp_1": [1, 2],
+        "w/RMSProp_2": [0, 0],
+    }
+    again = interop.from_tensorflow1(slots, count=7)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_an_object_checkpoint_is_sent_to_its_reader():
+    with pytest.raises(ValueError, match="an object checkpoint of TensorFlow 2, which from_tensorflow2 reads"):
+        interop.from_tensorflow1({"w/.OPTIMIZER_SLOT/optimizer/rms/.ATTRIBUTES/VARIABLE_VALUE": np.ones(2)})
