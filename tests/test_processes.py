@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 
+import chex
 import numpy as np
 import pytest
-from helpers import assert_equal
 
 
 pytestmark = pytest.mark.slow
@@ -71,28 +71,16 @@ class Job:
             time.sleep(0.01)
 
 
-def test_four_processes_train_as_one(tmp_path):
-    with Job(tmp_path, 4, None) as job:
-        runs = job.result()
-    with Job(tmp_path, 1, None, devices=4, checkpoints="one", out="one") as job:
-        (alone,) = job.result()
-        losses = [float(x) for x in re.findall(r"loss (\S+)", job.log())]
-    for run in runs[1:]:
-        assert_equal(runs[0], run)
-    # Gloo adds up the four gradients in another order than one process does.
-    for a, b in zip(runs[0], alone, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
-    assert len(losses) == STEPS
-    assert np.mean(losses[-5:]) < losses[0] / 4
-
-
 def test_a_killed_job_ends_as_if_nothing_had_happened(tmp_path):
     with Job(tmp_path, 2, "uint8", checkpoints="never") as job:
         never_killed = job.result()
-    assert_equal(*never_killed)
+        losses = [float(x) for x in re.findall(r"process 0: .* loss (\S+)", job.log())]
+    chex.assert_trees_all_equal(*never_killed)
+    assert len(losses) == STEPS
+    assert np.mean(losses[-5:]) < losses[0] / 4
     # Two summands have one order: one process with two devices comes to the same bits.
     with Job(tmp_path, 1, "uint8", devices=2, checkpoints="one", out="one") as job:
-        assert_equal(never_killed[0], job.result()[0])
+        chex.assert_trees_all_equal(never_killed[0], *job.result())
 
     with Job(tmp_path, 2, "uint8") as job:
         job.wait_for("step 25,", process=1)
@@ -105,4 +93,4 @@ def test_a_killed_job_ends_as_if_nothing_had_happened(tmp_path):
         starts = re.findall(r"process (\d): goes on from step (\d+)", job.log())
     assert starts in ([("0", "10"), ("1", "10")], [("0", "20"), ("1", "20")])
     for run in resumed:
-        assert_equal(never_killed[0], run)
+        chex.assert_trees_all_equal(never_killed[0], run)

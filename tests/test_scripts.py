@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from helpers import assert_equal
 from tensorboardX.proto.event_pb2 import Event
 
 
@@ -114,7 +114,7 @@ def test_a_killed_run_ends_with_the_same_bits(script, tmp_path, subtests, capsys
         assert found(middle, "mini_step") == [SAVED % ACCUMULATED]
         assert SAVED % ACCUMULATED != 0
         assert all(np.abs(x).max() > 0 for x in found(middle, "acc_grads"))
-        assert_equal(saved(killed, STEPS), saved(whole, STEPS))
+        chex.assert_trees_all_equal(saved(killed, STEPS), saved(whole, STEPS))
     with subtests.test("dtypes"):
         check_dtypes(saved(whole, STEPS))
     with subtests.test("bytes"):
