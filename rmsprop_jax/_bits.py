@@ -23,6 +23,27 @@ import jax.numpy as jnp
 import numpy as np
 
 
+__all__ = [
+    "LARGEST_UINT8",
+    "Seed",
+    "bits",
+    "from_int8",
+    "from_uint8",
+    "join",
+    "nearest_16_bits",
+    "nearest_24_bits",
+    "noise",
+    "remainder_of",
+    "seeds",
+    "to_16_bits",
+    "to_24_bits",
+    "to_bfloat16",
+    "to_int8",
+    "to_uint8",
+    "within_stack",
+]
+
+
 Seed = tuple[jax.Array, jax.Array]
 
 

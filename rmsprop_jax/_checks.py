@@ -11,6 +11,9 @@ import numpy as np
 from jax.core import Tracer
 
 
+__all__ = ["count", "equals", "flag", "is_traced", "limit", "number", "off", "plain", "positive", "refuse", "steps"]
+
+
 def number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -> Any:
     """Checks a number. The value of a jax.Array is never looked at: it may be traced."""
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):

@@ -10,6 +10,9 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 
+__all__ = ["BATCH", "IMAGES", "TEST", "ConvNet", "Digits", "batches", "initial", "load"]
+
+
 IMAGES = 1797
 TEST = 360  # of them, a fifth
 BATCH = 64

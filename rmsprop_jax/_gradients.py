@@ -15,6 +15,9 @@ import optax
 from . import _storage, _trees
 
 
+__all__ = ["clip_adaptively", "clips", "scale"]
+
+
 def scale(factor: Any) -> optax.GradientTransformation:
     """Multiplies gradients by a number."""
     return _before(_scale, factor)

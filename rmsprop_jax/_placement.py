@@ -9,6 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 
+__all__ = ["full_like", "place_like", "zero_count"]
+
+
 def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """A new array of `param`'s shape and sharding, filled with `value`, in device memory."""
     sharding = _sharding(param)

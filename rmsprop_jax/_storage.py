@@ -10,6 +10,23 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _bits, _placement
 
 
+__all__ = [
+    "STATE_DTYPES",
+    "Accumulator",
+    "compute_dtype",
+    "decode",
+    "encode",
+    "full_like",
+    "is_rounded",
+    "load",
+    "real_dtype",
+    "recode",
+    "requested_dtype",
+    "saturate",
+    "state_dtype_of",
+]
+
+
 # The dtypes a user can ask for. By default an accumulator is kept in the dtype in which it is computed.
 STATE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.uint8))
 

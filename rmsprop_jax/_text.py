@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 
+__all__ = ["listed", "repeated"]
+
+
 def listed(items: Iterable[Any], separator: str = ", ", limit: int = 8) -> str:
     """The first items, and how many more there are."""
     items = [str(item) for item in items]

@@ -207,6 +207,13 @@ def test_imports_point_one_way():
             assert floor.get(found, floor["_rmsprop"]) < floor[name], (name, found)
 
 
+def test_every_module_says_what_it_offers():
+    for name, path in MODULES.items():
+        if name != "__init__":
+            assert re.search(r"^__all__ = ", path.read_text(), re.MULTILINE), name
+    assert set(rmsprop_jax.__all__) == public(rmsprop_jax) | {"__version__"}
+
+
 def test_no_private_imports_of_the_hosts():
     for path in MODULES.values():
         assert not re.search(r"\b(jax|optax|flax)\._\w+", path.read_text()), path.name

@@ -8,16 +8,11 @@ import runpy
 import jax
 import numpy as np
 import pytest
-from frameworks import is_here
+from frameworks import is_here, where_it_is
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("users_climate")]
 SCRIPTS = pathlib.Path(__file__).parents[1] / "notebooks" / "scripts"
-
-
-def where_it_is(name):
-    """Leaves a test out where its framework is not installed."""
-    return lambda test: test if is_here(name) else None
 
 
 @where_it_is("torch")
