@@ -1,5 +1,6 @@
 """The documentation site: `sphinx-build -W notebooks OUT`."""
 
+import json
 import pathlib
 import sys
 import tomllib
@@ -70,9 +71,16 @@ def visit_block(self: Any, node: nodes.Element) -> None:
 
 
 def on_source(app: Any, name: str, source: list[str]) -> None:
-    """Fills in what stands in pyproject.toml."""
-    for placeholder, text in (("{{ release }}", release), ("{{ source }}", PROJECT["urls"]["Source"])):
+    """Fills in what stands in pyproject.toml, and says where a notebook can be run."""
+    address = PROJECT["urls"]["Source"]
+    for placeholder, text in (("{{ release }}", release), ("{{ source }}", address)):
         source[0] = source[0].replace(placeholder, text)
+    if (HERE / f"{name}.ipynb").exists():
+        notebook = json.loads(source[0])
+        repository = address.removeprefix("https://github.com/")
+        colab = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb"
+        notebook["cells"][0]["source"].append(f"\n\n[Open it in Colab]({colab})\n")
+        source[0] = json.dumps(notebook)
 
 
 def on_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

@@ -97,15 +97,18 @@ def public(module):
     return {name for name in vars(module) if not name.startswith("_")}
 
 
+with (ROOT / "pyproject.toml").open("rb") as pyproject:
+    ADDRESS = tomllib.load(pyproject)["project"]["urls"]["Source"]
+
+
 def test_the_address_of_the_repository_stands_in_one_place():
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        address = tomllib.load(file)["project"]["urls"]["Source"]
-    pages = [*PAGES, *(ROOT / "notebooks").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
-    assert [path.name for path in pages if address in path.read_text()] == []
+    """And in the first cell of each notebook, which is compared with it below."""
+    pages = [*PAGES, *(ROOT / "notebooks").glob("*.py")]
+    assert [path.name for path in pages if ADDRESS in path.read_text()] == []
 
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-INSTALL = """# Installs rmsprop_jax where it is missing: from the checkout that this notebook is part of, or else from PyPI.
+INSTALL = f"""# Installs rmsprop_jax where it is missing: from the checkout that this notebook is in, or else from its repository.
 import importlib
 import importlib.util
 import pathlib
@@ -113,8 +116,10 @@ import pathlib
 
 if importlib.util.find_spec("rmsprop_jax") is None:
     checkout = pathlib.Path("..").resolve()
-    source = checkout if (checkout / "rmsprop_jax").is_dir() else "rmsprop_jax"
-    %pip install -q "{source}[notebooks]"
+    source = "rmsprop_jax[notebooks] @ git+{ADDRESS}"
+    if (checkout / "rmsprop_jax").is_dir():
+        source = f"{{checkout}}[notebooks]"
+    %pip install -q "{{source}}"
     importlib.invalidate_caches()"""
 
 
