@@ -107,7 +107,7 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
         if params is None:
             raise ValueError("round_params_stochastically needs params: call update(updates, state, params)")
         has_rest = state.rest is not None
-        if has_rest != keep_rest and (has_rest or any(map(_is_bfloat16, jax.tree.leaves(params)))):
+        if has_rest != keep_rest and any(map(_is_bfloat16, jax.tree.leaves(params))):
             raise ValueError(
                 f"state.rest is {'not ' if has_rest else ''}None, and keep_rest={keep_rest}: "
                 "carry the state over with carry_over(state, tx.init(params))"
@@ -328,7 +328,7 @@ def _split(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The nearest bfloat16 and the remainder."""
     word = _bits.nearest_24_bits(weight)
     upper = _bits.nearest_16_bits(word)
-    return upper.astype(jnp.bfloat16), jnp.where(upper == 0, jnp.int8(0), _bits.remainder_of(word))
+    return upper.astype(jnp.bfloat16), _bits.remainder_of(word)
 
 
 def _is_bfloat16(p: Any) -> bool:
