@@ -84,7 +84,7 @@ def readme(session):
 def lower_bounds(session):
     """The oldest jax and Optax that are allowed."""
     session.install("-e", ".[test]", *LOWER_BOUNDS)
-    names = ["pytree", "compilation", "sharding", "checkpoints", "ecosystem", "metrics"]
+    names = ["pytree", "states", "carry", "layers", "metrics", "sharding", "compilation", "ecosystem"]
     tests(session, *(f"tests/test_{name}.py" for name in names))
 
 
@@ -107,7 +107,7 @@ def package(session):
         unpacked = folder / sdist.name.removesuffix(".tar.gz")
         session.install("-e", f"{unpacked}[test]")
         with session.chdir(unpacked):
-            tests(session, "tests/test_house.py", "tests/test_carry.py")
+            tests(session, "tests/test_house.py", "tests/test_interop_resumed_runs.py", "tests/test_conformance.py")
 
 
 @nox.session(python=NEWEST)
@@ -140,7 +140,7 @@ def live(session):
     session.install("-e", ".[test,notebooks]", *FRAMEWORKS)
     session.install("--no-deps", *ALONE)
     environment = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    names = ["live", "live_checkpoints", "interop_live", "live_pages", "projects"]
+    names = ["live", "live_checkpoints", "live_pages", "projects"]
     tests(session, *(f"tests/test_{name}.py" for name in names), RMSPROP_JAX_LIVE=LIVE, **environment)
     session.env.update(environment)
     execute(session, "notebooks/dialects.ipynb")
