@@ -52,8 +52,7 @@ def test_float64_is_kept(x64):
     np.testing.assert_allclose(after.nu["w"], expected, rtol=1e-14)
 
 
-@pytest.mark.parametrize("jit", [True, False])
-@pytest.mark.parametrize("options", FEW_OPTIONS)
+@pytest.mark.parametrize(("jit", "options"), [(True, FEW_OPTIONS[1]), (True, EVERYTHING), (False, EVERYTHING)])
 def test_float64_of_numpy_is_float32_where_x64_is_off(options, jit):
     tx = rmsprop(0.1, **options)
     params = {"w": np.ones(3), "z": np.ones(2, np.complex128), "s": np.float64(2.0)}
@@ -64,22 +63,6 @@ def test_float64_of_numpy_is_float32_where_x64_is_off(options, jit):
     assert {k: u.dtype.name for k, u in updates.items()} == {"w": "float32", "z": "complex64", "s": "float32"}
     assert {k: x.dtype.name for k, x in state.nu.items()} == dict.fromkeys(params, "float32")
     assert_equal(updates, expected)
-
-
-@pytest.mark.parametrize("state_dtype", [None, jnp.bfloat16, jnp.uint8])
-@pytest.mark.parametrize("kind", ["pinned_host", "unpinned_host", "device"])
-def test_parameters_in_host_memory(kind, state_dtype):
-    device = jax.devices()[0]
-    if kind not in {memory.kind for memory in device.addressable_memories()}:
-        kind = device.default_memory().kind
-    sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
-    params = {"w": jax.device_put(jnp.ones((2, 3)), sharding)}
-    tx = rmsprop(0.1, momentum=0.9, initial_scale=1.0, state_dtype=state_dtype)
-    for init in (tx.init, jax.jit(tx.init)):
-        state = init(params)
-        for tree in (state.nu, state.trace):
-            assert tree["w"].sharding.memory_kind == device.default_memory().kind
-        np.testing.assert_array_equal(state.nu["w"], tx.init({"w": jnp.ones((2, 3))}).nu["w"])
 
 
 def test_the_count_stops_at_the_largest_int32():
@@ -159,9 +142,8 @@ def test_state_shares_no_buffer():
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("options", FEW_OPTIONS)
-def test_any_tree_of_arrays_is_updated(params, options):
-    tx = rmsprop(0.1, **options)
+def test_any_tree_of_arrays_is_updated(params):
+    tx = rmsprop(0.1, **EVERYTHING)
     for init, update in ((tx.init, tx.update), (jax.jit(tx.init), jax.jit(tx.update))):
         state = init(params)
         updates, after = update(ones(params), state, params)
@@ -192,24 +174,6 @@ def test_leaves_do_not_influence_each_other(tree):
     assert jax.tree.structure((updates, state.trace)) == jax.tree.structure((tree, tree))
     for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(tree), strict=True):
         np.testing.assert_array_equal(u, tx.update(g, tx.init(g))[0])
-
-
-BAD_LEAVES = {
-    "function": ({"w": jnp.ones(2), "f": [jax.nn.relu]}, r"\['f'\]\[0\] has type"),
-    "text": ({"name": "linear"}, r"\['name'\] has type str"),
-    "array of text": ({"name": np.array(["a"])}, r"\['name'\] has dtype <U1"),
-    "key": ({"rng": jax.random.key(0)}, r"\['rng'\] has dtype key"),
-    "object": ({"o": object()}, r"\['o'\] has type object"),
-}
-
-
-@pytest.mark.parametrize(("tree", "message"), BAD_LEAVES.values(), ids=BAD_LEAVES.keys())
-def test_leaves_that_are_no_arrays_are_refused_by_name(tree, message):
-    message += ".*allowed are arrays of numbers.*eqx.filter.*optax.masked"
-    with pytest.raises(TypeError, match="parameter" + message):
-        rmsprop(0.1).init(tree)
-    with pytest.raises(TypeError, match="gradient" + message):
-        rmsprop(0.1).update(tree, rmsprop(0.1).init(jax.tree.map(lambda _: 1.0, tree)))
 
 
 # --- Leaves that do not train -------------------------------------------------------------------------
@@ -337,26 +301,6 @@ def test_weight_decay_needs_params(decoupled):
     tx = rmsprop(0.1, weight_decay=0.1, decoupled=decoupled)
     with pytest.raises(ValueError, match=r"weight_decay needs params: call update\(updates, state, params\)"):
         tx.update({"w": W}, tx.init({"w": W}))
-
-
-@pytest.mark.parametrize("decoupled", [True, False])
-def test_a_whole_equinox_module_serves_as_params(decoupled):
-    """Its functions and integers have no gradient, so a weight decay passes over them."""
-    model = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0))
-    grads = jax.tree.map(lambda x: jnp.ones_like(x) if eqx.is_inexact_array(x) else None, model)
-    tx = rmsprop(0.1, weight_decay=0.1, decoupled=decoupled)
-    trained = eqx.filter(model, eqx.is_inexact_array)
-    updates, _ = tx.update(grads, tx.init(trained), model)
-    expected, _ = tx.update(grads, tx.init(trained), trained)
-    assert_equal(updates, expected)
-
-
-@pytest.mark.parametrize(("tree", "message"), BAD_LEAVES.values(), ids=BAD_LEAVES.keys())
-def test_a_parameter_that_is_no_array_but_has_a_gradient_is_refused(tree, message):
-    tx = rmsprop(0.1, weight_decay=0.1)
-    grads = jax.tree.map(lambda _: 1.0, tree)
-    with pytest.raises(TypeError, match=f"parameter{message}.*allowed are arrays of numbers"):
-        tx.update(grads, tx.init(grads), tree)
 
 
 def test_float16_saturates():

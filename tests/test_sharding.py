@@ -113,30 +113,6 @@ def test_rounding_is_that_of_one_device(how, state_dtype, options):
         assert abs(a.mean() - b.mean()) < 5 * (a - b).std() / np.sqrt(a.size)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("transform", ["vmap", "scan", "remat", "grad", "shard_map"])
-def test_init_under_transformations(transform, options):
-    tx = rmsprop(0.1, **options)
-    params = jnp.ones((8, 3))
-
-    def init(params):
-        return tx.init(params).nu
-
-    if transform == "vmap":
-        nu = jax.jit(jax.vmap(init))(params)
-    elif transform == "scan":
-        nu = jax.lax.scan(lambda _, p: (None, init(p)), None, params)[1]
-    elif transform == "remat":
-        nu = jax.jit(jax.checkpoint(init))(params)
-    elif transform == "grad":
-        nu = jax.jit(jax.grad(lambda p: (init(p).astype(jnp.float32) * p).sum()))(params)
-    else:
-        one = mesh_of()
-        nu = jax.jit(jax.shard_map(init, mesh=one, in_specs=P("x"), out_specs=P("x")))(params)
-    expected = tx.init(np.ones((8, 3), np.float32)).nu
-    np.testing.assert_array_equal(nu.astype(jnp.float32), expected.astype(jnp.float32))
-
-
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_explicit_sharding_types_are_stable(dtype, options):
