@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -110,8 +111,7 @@ GRADIENTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decay", [0.9, 0.99, 0.999])
-@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize(("kind", "decay"), list(zip(GRADIENTS, itertools.cycle([0.9, 0.99, 0.999]), strict=False)))
 @pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_an_average_is_right_in_the_mean(state_dtype, kind, decay):
     memory = round(1 / (1 - decay))
@@ -268,10 +268,18 @@ OPTIONS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
-@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
-def test_the_mean_trajectory_is_that_of_float32(state_dtype, dtype, options):
+@pytest.mark.parametrize(
+    ("state_dtype", "name", "dtype"),
+    [
+        (state_dtype, name, dtype)
+        for (state_dtype, name), dtype in zip(
+            itertools.product(NARROW_DTYPES, OPTIONS),
+            itertools.cycle([jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]),
+            strict=False,
+        )
+    ],
+)
+def test_the_mean_trajectory_is_that_of_float32(state_dtype, name, dtype):
     """The mean of 512 walks of 200 steps that are equal but for their gradients' noise."""
     gradients = 3.0 + normal((200, 512))
     if dtype == jnp.complex64:
@@ -279,7 +287,7 @@ def test_the_mean_trajectory_is_that_of_float32(state_dtype, dtype, options):
     gradients = gradients.astype(dtype)
 
     def walk(state_dtype):
-        tx = rmsprop(1e-3, 0.99, state_dtype=state_dtype, **options)
+        tx = rmsprop(1e-3, 0.99, state_dtype=state_dtype, **OPTIONS[name])
         params = jnp.ones(512, dtype)
         wide = jnp.complex64 if dtype == jnp.complex64 else jnp.float32
 
@@ -342,40 +350,38 @@ def test_an_update_keeps_the_dtype_of_an_old_buffer():
     np.testing.assert_allclose(values(carried.trace), expected, rtol=0.25, atol=2.0**-24)
 
 
-@pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])
 @pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.slow
-def test_nan_and_inf_are_not_hidden_and_apply_if_finite_restores(options, state_dtype, bad):
-    params = jnp.ones(3)
-    tx = rmsprop(1e-3, state_dtype=state_dtype, **options)
-    _, state = tx.update(params, tx.init(params), params)
-    updates, after = tx.update(params.at[1].set(bad), state, params)
-    assert jnp.isfinite(updates).tolist() == [True, False, True]
-    if "momentum" in options:
-        assert np.isfinite(values(after.trace)).tolist() == [True, False, True]
-    guarded = optax.apply_if_finite(tx, 5)
-    state = guarded.init(params)
-    _, state = guarded.update(params, state, params)
-    _, after = guarded.update(params.at[1].set(bad), state, params)
+def test_nan_and_inf_are_not_hidden_and_apply_if_finite_restores(options, state_dtype):
+    params, bad = jnp.ones(5), jnp.array([1.0, jnp.inf, -jnp.inf, jnp.nan, 1.0])
+    finite = [True, False, False, False, True]
+    guarded = optax.apply_if_finite(rmsprop(1e-3, state_dtype=state_dtype, **options), 5)
+    _, state = guarded.update(params, guarded.init(params), params)
+    _, after = guarded.update(bad, state, params)
     assert_equal(after.inner_state, state.inner_state)
+    updates, after = rmsprop(1e-3, state_dtype=state_dtype, **options).update(bad, state.inner_state, params)
+    assert jnp.isfinite(updates).tolist() == finite
+    if "momentum" in options:
+        assert np.isfinite(values(after.trace)).tolist() == finite
 
 
-@pytest.mark.parametrize("bad", [1e5, 1e6, 1e10, 1e25, -3e38])
 @pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 @pytest.mark.parametrize("options", [{}, {"centered": True}, {"eps_in_sqrt": False}, {"bias_correction": True}])
-def test_recovers_from_a_huge_gradient(options, state_dtype, bad):
-    gradients = jnp.ones((1600, 2)).at[::2].set(-0.5).at[10].set(jnp.array([bad, 1.0]))
+def test_recovers_from_a_huge_gradient(options, state_dtype):
+    huge = jnp.array([1e5, 1e6, 1e10, 1e25, -3e38])
+    gradients = jnp.ones((1600, 6)).at[::2].set(-0.5).at[10, :5].set(huge)
     tx = rmsprop(1e-3, state_dtype=state_dtype, **options)
-    _, updates, _ = follow(tx, gradients, jnp.zeros(2))
+    _, updates, _ = follow(tx, gradients, jnp.zeros(6))
     # Its step is as long as a first one, 1/√(1-ρ), and once more the root of a code's step, and a centered one's.
-    assert 1e-3 < abs(updates[10, 0]) < 1.5 * 1e-3 / np.sqrt(0.1 * 0.9)
+    steps = np.abs(updates[10, :5])
+    assert 1e-3 < steps.min() <= steps.max() < 1.5 * 1e-3 / np.sqrt(0.1 * 0.9)
     late = np.abs(updates[-400:]).mean(0)
-    np.testing.assert_allclose(late[0], late[1], rtol=0.1)
-    assert late[0] > 3e-4
+    np.testing.assert_allclose(late[:5], late[5], rtol=0.1)
+    assert late.min() > 3e-4
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     gradients=st.lists(st.tuples(finite_floats, finite_floats), min_size=1, max_size=5),
     dtype=st.sampled_from([jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]),
@@ -447,7 +453,7 @@ def test_bytes_of_a_state():
 # --- From one state to another ------------------------------------------------------------------------
 
 
-def test_from_rmsprop_turns_options_on_and_off():
+def test_carry_over_turns_options_on_and_off():
     params = {"w": normal((64,))}
     grads = {"w": 2 + normal((64,))}
     plain, centered = rmsprop(0.1, 0.9), rmsprop(0.1, 0.9, centered=True, momentum=0.9)
@@ -467,7 +473,7 @@ def test_from_rmsprop_turns_options_on_and_off():
 
 
 @pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
-def test_from_rmsprop_changes_the_dtype_inside_a_chain(state_dtype):
+def test_carry_over_changes_the_dtype_inside_a_chain(state_dtype):
     params = jnp.ones(4096)
     chains = [
         optax.chain(optax.clip(10.0), rmsprop(lambda count: 0.1, 0.9, momentum=0.9, state_dtype=dtype))
@@ -488,11 +494,6 @@ def test_from_rmsprop_changes_the_dtype_inside_a_chain(state_dtype):
     np.testing.assert_array_equal(back[1].nu, values(narrow[1].nu))
     chains[0].update(params, back)
     chains[1].update(params, narrow)
-
-
-def test_from_rmsprop_refuses_another_tree():
-    with pytest.raises(ValueError):  # noqa: PT011 (JAX's own words)
-        carry_over(rmsprop(0.1).init({"a": jnp.ones(1)}), rmsprop(0.1).init({"b": jnp.ones(1)}))
 
 
 def test_interop_writes_values_and_not_codes():
