@@ -1,4 +1,7 @@
-"""Checks of arguments. A value that may be traced is never looked at: a `jax.Array` passes as it is."""
+"""Checks of arguments: flags, numbers and counts.
+
+The value of a `jax.Array` is not looked at, because it may be traced. Only a count must be known.
+"""
 
 import math
 import numbers
@@ -11,11 +14,11 @@ import numpy as np
 from jax.core import Tracer
 
 
-__all__ = ["count", "equals", "flag", "is_traced", "limit", "number", "off", "plain", "positive", "refuse", "steps"]
+__all__ = ["count", "equals", "flag", "is_traced", "limit", "number", "off", "plain", "positive", "refuse"]
 
 
 def number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -> Any:
-    """Checks a number. The value of a jax.Array is never looked at: it may be traced."""
+    """Checks a number in [lower, upper]."""
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         if value.shape != ():
             raise ValueError(f"{name} has shape {value.shape}: allowed is a scalar (vmap over the transformation)")
@@ -36,7 +39,7 @@ def number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -
 
 
 def is_traced(value: Any) -> bool:
-    """Whether the value may be traced, and must not be looked at."""
+    """Whether the value may be traced."""
     return isinstance(value, jax.Array)
 
 
@@ -52,7 +55,7 @@ def equals(value: Any, number: Any) -> bool:
 
 
 def off(value: Any) -> Any:
-    """None for None and for a number that is 0, which switches an option off."""
+    """`value`, or None if it is 0, with which frameworks switch an option off."""
     return None if value is None or (not is_traced(value) and equals(value, 0)) else value
 
 
@@ -72,7 +75,7 @@ def positive(name: str, value: Any) -> Any:
 
 
 def limit(name: str, value: Any, lower: float = 0.0) -> Any:
-    """The limit of a clip, or None where a limit of 0 or less switches it off. Traced, it is then infinite."""
+    """Checks the limit of a clip. 0 or less switches the clip off: the limit becomes None, or inf if it is traced."""
     if value is None:
         return None
     value = number(name, value, lower=lower)
@@ -96,13 +99,8 @@ def count(name: str, value: Any, lower: int = 0) -> int:
     return int(number)
 
 
-def steps(name: str, value: Any) -> int | None:
-    """Checks a number of steps, of at least 2."""
-    return None if value is None else count(name, value, lower=2)
-
-
 def refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:
-    """Raises unless the value is None or `neutral`. One that may be traced cannot be compared."""
+    """Raises unless the value is None or `neutral`. A value that may be traced cannot be compared."""
     if value is None or value is neutral:
         return
     if is_traced(value) or is_traced(neutral):

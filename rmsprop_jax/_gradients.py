@@ -1,6 +1,6 @@
-"""Clips and scales of gradients, in front of the rule.
+"""Transformations in front of the rule: they clip and scale gradients.
 
-They pass None and float0 as the rule does and keep dtypes. Their norms neither overflow nor gather a sharded array.
+They treat None and float0 as the rule does, and keep dtypes. Their norms neither overflow nor gather a sharded array.
 """
 
 import functools
@@ -105,7 +105,7 @@ def _clip_adaptively(agc: Any, grads: list[jax.Array], params: list[jax.Array]) 
 
 
 def _limited(arrays: list[jax.Array], limit: Any) -> list[jax.Array]:
-    """The arrays, made smaller alike where their common norm is larger than the limit."""
+    """The arrays, scaled down by one factor if their common norm exceeds the limit."""
     unit, norm = _norm(arrays)
     fits = unit * norm <= limit
     factor = limit / jnp.where(fits, 1, norm)
@@ -113,7 +113,7 @@ def _limited(arrays: list[jax.Array], limit: Any) -> list[jax.Array]:
 
 
 def _norm(arrays: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The common norm of arrays, as a unit and the norm in that unit: squares of large numbers then stay finite.
+    """The common norm of arrays, as a unit and the norm in that unit, so that squares of large numbers stay finite.
 
     Without reshaping, which would gather an array that is sharded. The derivative at 0 is 0.
     """

@@ -1,4 +1,4 @@
-"""Where new arrays lie: their sharding, and the memory that holds them."""
+"""Where new arrays are placed: their sharding and their memory."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
         return jnp.full_like(param, value, dtype, device=sharding.with_memory_kind("device"))
     array = jnp.full_like(param, value, dtype)
     if isinstance(param, Tracer):
-        # Under jit on an Auto mesh nothing ties a constant to its parameter: XLA would replicate it,
-        # or leave it on one device. So add a zero that depends on the parameter. XLA does not know
-        # that it is zero when it propagates shardings. (jax.experimental.shard_alike does not work
-        # here: its calls for arrays of one shape are lowered once, and share one sharding.)
+        # Under jit on an Auto mesh, XLA does not shard a constant like its parameter: it replicates it, or keeps it on
+        # one device (test_sharding.py). So add a zero that depends on the parameter. XLA does not know that it is
+        # zero when it propagates shardings. (jax.experimental.shard_alike does not work here: its calls for
+        # arrays of one shape are lowered once, and share one sharding.)
         never = jax.lax.bitwise_and(jax.lax.ne(param, param), jax.lax.eq(param, param))
         zero = jax.lax.convert_element_type(never, dtype)
         # A parameter may live in host memory, where nothing can be added to it. (Only then: jax.shard_map refuses
@@ -35,7 +35,7 @@ def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
 
 def zero_count(params: Any) -> jax.Array:
     """A count of updates, on the mesh of the parameters."""
-    # On the mesh from the start. Otherwise the first update would move it there, and the second would compile again.
+    # Otherwise the first update would move it to the mesh, and the second would compile again.
     for leaf in jax.tree.leaves(params):
         sharding = _sharding(leaf)
         if isinstance(sharding, NamedSharding):
@@ -44,7 +44,7 @@ def zero_count(params: Any) -> jax.Array:
 
 
 def place_like(value: jax.Array, like: Any) -> jax.Array:
-    """`value` with the sharding of `like`, if that was chosen by someone, in a buffer of its own."""
+    """A copy of `value` with the sharding of `like`, if `like` was placed explicitly."""
     sharding, value = _sharding(like), jnp.array(value, copy=True)
     if isinstance(value, Tracer) or sharding is None or not getattr(like, "committed", True):
         return value

@@ -23,7 +23,7 @@ __all__ = ["RMSPropState", "powers", "rmsprop", "scale_by_rms"]
 
 @_pytree.exportable
 class RMSPropState(NamedTuple):
-    """The state of RMSProp: trees shaped like the parameters, `None` where an option is off."""
+    """The state of RMSProp: trees shaped like the parameters, or `None` for what an option that is off would need."""
 
     # Updates made so far; shape=(), dtype=int32, stops at the largest.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (tuple.count)
@@ -49,7 +49,7 @@ def rmsprop(
     decoupled: bool = True,
     state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """RMSProp in every variant: divide the gradient by the root of its mean square.
+    """RMSProp in every variant: divides the gradient by the root of its mean square.
 
     With gradient g, parameter p, learning rate α and decay ρ, one update is::
 
@@ -62,22 +62,27 @@ def rmsprop(
         b ← mb + u,   p ← p - αb            unless lr_in_momentum
         p ← p - αλp                         if weight_decay and decoupled
 
-    Averages are computed in at least float32 and kept there, unless `state_dtype` says otherwise.
-    Updates have the gradient's dtype. A gradient of zero gives an update of zero, even with
-    `eps=0`, and finite gradients give finite updates. NaN and inf give NaN: see
-    :func:`optax.apply_if_finite`.
+    Averages are computed and kept in float32 or wider, unless `state_dtype` says otherwise. Updates have the
+    gradient's dtype. A gradient of zero gives an update of zero, even with `eps=0`. Finite gradients give finite
+    updates, and NaN and inf give NaN: see :func:`optax.apply_if_finite`. With `eps=0`, a gradient whose square is too
+    small for ν counts as zero.
 
     The positional arguments, their defaults and the numbers are those of :func:`optax.rmsprop`,
-    except with `centered`. There Optax subtracts two averages, which gives NaN for a nearly
-    constant gradient, and its bias correction starts from a variance of 0.
+    with two exceptions. With `centered`, Optax subtracts two averages, which gives NaN for a nearly constant gradient,
+    and its bias correction starts from a variance of 0. With `bias_correction` and a decay above 0.999, ours computes
+    1-ρᵗ without the rounding of ρ to float32.
 
     Integer and boolean parameters do not train: their state is `None`, their gradient must be
     `None` or float0, and their update is `None`. A `None` gradient of any other parameter leaves its
     state as it was. `equinox.apply_updates` applies such updates; :func:`optax.apply_updates` and
     :class:`optax.MultiSteps` need an array in every place.
 
-    Transformations made with the same arguments are equal, so a new one does not compile a training step
-    again. Two exceptions: arguments that are arrays, and functions that are not the same object.
+    Transformations made with the same arguments are equal, so a new one does not compile a training step again.
+    This does not hold for arguments that are arrays or dicts, nor for functions that are not the same object, and
+    :func:`optax.chain`, :class:`optax.MultiSteps` and :func:`optax.inject_hyperparams` around it return a new object
+    each time: make those once.
+
+    A training step can be exported with its state by :mod:`jax.export`. (Register the states of Optax that it holds.)
 
     Args:
         learning_rate: α. A number, or a schedule: a function of the number of past updates.
@@ -91,12 +96,14 @@ def rmsprop(
         nesterov: step with mb + αu, one update ahead (Optax's form). Needs `momentum`.
         bias_correction: correct for an average that started from zero.
         lr_in_momentum: the buffer holds αu as in TensorFlow, instead of u as in PyTorch. The two
-            differ only if α changes.
+            differ only if α changes. `False` needs `momentum`.
         weight_decay: λ, a number or a schedule, as in :func:`optax.adamw`. `update` then needs `params`.
         weight_decay_mask: which parameters decay, as in :func:`optax.adamw`: a tree of booleans
             like the parameters' or a prefix of it, or a function from the parameters to it. `None`:
-            all. With :func:`optax.inject_hyperparams`, name a function in `static_args`.
-        decoupled: shrink p by αλ directly, as AdamW does. `False` adds λp to g ("L2"), as PyTorch does.
+            all. An Equinox module of booleans is a tree, also if it can be called. With
+            :func:`optax.inject_hyperparams`, name a function in `static_args`.
+        decoupled: shrink p by αλ directly, as AdamW does. `False` adds λp to g ("L2"), as PyTorch
+            does, and needs `weight_decay`.
         state_dtype: how ν is kept: `None` in the dtype of the arithmetic, in 4 bytes; `jnp.bfloat16` in 2;
             `jnp.uint8` in 1. Both are rounded stochastically, so ν is right in the mean. A uint8 code
             is one of 2⁻⁹⁰ · {1, 1.5, 2, 3, 4, 6, ...} up to 1.5 · 2³⁷, which resolves |g| from 3e-14 to 4e5.
@@ -105,7 +112,7 @@ def rmsprop(
             `momentum` keeps its buffer in as many bytes: with `jnp.uint8` in an int8 code,
             ±2⁻²² · {0, 0.25, 0.5, 0.75, 1, 1.5, 2, ...} up to 896. For a momentum of 0.99, or parameters
             below 1e-4, prefer `jnp.bfloat16`. `centered` keeps its mean in bfloat16 in both cases.
-            Complex averages stay as they are computed. Derivatives do not pass through a rounded state.
+            Complex averages are never narrowed. Derivatives do not pass through a rounded state.
 
     Returns:
         A transformation whose state is an :class:`RMSPropState`. `update` is compiled once for a
@@ -285,7 +292,7 @@ class _Rule:
     @property
     def slots(self) -> tuple[_pytree.Slot, ...]:
         nu = _pytree.Slot("nu", narrowest=jnp.uint8, non_negative=True)
-        # In one byte a mean could not tell apart gradients that differ by less than half of it.
+        # A mean in one byte could not tell gradients apart that differ by less than half of it.
         mu = (_pytree.Slot("mu", narrowest=jnp.bfloat16),) if self.centered else ()
         trace = (_pytree.Slot("trace", narrowest=jnp.int8),) if self.momentum else ()
         return (nu, *mu, *trace)
@@ -332,8 +339,8 @@ class _Rule:
 
         if scalars.weight_decay is not None and param is not None and not self.decoupled:
             grad = grad + scalars.weight_decay * param
-        # A gradient whose square ν cannot hold is reduced to the largest whose square it can. Its step is
-        # as long as any other, and ν has recovered after about 90/(1-ρ) updates.
+        # Clip a gradient whose square ν cannot hold. Its step is then as long as any other, and ν has recovered after
+        # about 90/(1-ρ) updates.
         nu = slots["nu"]
         g = _clip(grad, np.sqrt(nu.largest, dtype=nu.value.dtype))
 

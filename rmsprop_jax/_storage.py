@@ -1,4 +1,4 @@
-"""How an accumulator is kept: the dtype of the state, the dtype of the arithmetic, and the way between them."""
+"""How an accumulator is kept: the dtype of the state, the dtype of the arithmetic, and the conversion between them."""
 
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ def decode(encoded: jax.Array) -> jax.Array:
 
 
 def recode(encoded: jax.Array, dtype: DTypeLike, count: jax.Array, purpose: str) -> jax.Array:
-    """Moves an array of a state to another dtype; `count` and `purpose` choose the random bits."""
+    """Converts an array of a state to another dtype. `count` and `purpose` choose the random bits."""
     if encoded.dtype == dtype:
         return encoded
     value = decode(encoded)
@@ -136,7 +136,7 @@ def state_dtype_of(dtype: DTypeLike, state_dtype: np.dtype | None, narrowest: DT
 def compute_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype for arithmetic on `dtype`, and for averages of it: at least float32.
 
-    Half precision cannot hold an average: bfloat16 rounds 0.999 to 1, and float16 makes 1e-8 zero and 300² inf.
+    Half precision cannot hold an average: bfloat16 rounds 0.999 to 1, and float16 rounds 1e-8 to 0 and 300² to inf.
     """
     wide = np.float32 if is_rounded(dtype) or jnp.finfo(dtype).bits < 32 else dtype
     return np.dtype(jax.dtypes.canonicalize_dtype(wide))
@@ -148,7 +148,7 @@ def real_dtype(dtype: DTypeLike) -> np.dtype:
 
 
 def saturate(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`x` in `dtype`. A finite number that float16 cannot hold becomes the largest that it can."""
+    """`x` in `dtype`. A finite number beyond the range of float16 becomes its largest."""
     if dtype == jnp.float16:
         largest = float(jnp.finfo(jnp.float16).max)
         x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))

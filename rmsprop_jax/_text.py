@@ -1,4 +1,4 @@
-"""Lists for errors."""
+"""Lists in error messages."""
 
 import collections
 from collections.abc import Iterable
@@ -16,5 +16,5 @@ def listed(items: Iterable[Any], separator: str = ", ", limit: int = 8) -> str:
 
 
 def repeated(items: Iterable[Any]) -> list[Any]:
-    """The items that are there more than once."""
+    """The items that occur more than once."""
     return [item for item, times in collections.Counter(items).items() if times > 1]

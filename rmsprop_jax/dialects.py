@@ -476,7 +476,8 @@ def keras(
         raise ValueError(f"only one of clipnorm, clipvalue and global_clipnorm can be set, got {clips}")
     limits = [_checks.limit(name, clip, lower=-math.inf) for name, clip in clips.items()]
     before = (*_unscaled("loss_scale_factor", loss_scale_factor), *_gradients.clips(*limits))
-    k = _checks.steps("gradient_accumulation_steps", _checks.off(gradient_accumulation_steps))
+    k = _checks.off(gradient_accumulation_steps)
+    k = None if k is None else _checks.count("gradient_accumulation_steps", k, lower=2)
     options: dict[str, Any] = {"decoupled": True}
     if k is not None and callable(learning_rate):
         options["learning_rate"] = lambda count: learning_rate(k * count + (k - 1))

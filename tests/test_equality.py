@@ -40,7 +40,7 @@ def test_other_arguments_make_another_transformation():
         rmsprop(1.0, weight_decay=0.1),
         rmsprop(1.0, weight_decay=0.1, weight_decay_mask=(True,)),
         rmsprop(1.0, state_dtype=jnp.uint8),
-        rmsprop(-1.0),
+        rmsprop(-2.0),
         scale_by_rms(),
         round_params_stochastically(),
         round_params_stochastically(True),

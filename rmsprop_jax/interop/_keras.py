@@ -197,7 +197,7 @@ def _optimizer_name(scopes: Iterable[str], paths: Iterable[str]) -> str:
 
 def _updates(others: Mapping[str, Any], scopes: Iterable[str], steps: int | None) -> dict[str, int]:
     """The iterations or, as a loss scaler has one as well, those beside the accumulators, in updates."""
-    k = _checks.steps("gradient_accumulation_steps", _checks.off(steps)) or 1
+    k = 1 if _checks.off(steps) is None else _checks.count("gradient_accumulation_steps", steps, lower=2)
     accumulators = [path for path in others if path.endswith("_gradient_accumulator")]
     if bool(accumulators) != (k > 1):
         raise ValueError(
