@@ -408,10 +408,18 @@ def stepped(chip: str, name: str, inside: bool, fsdp: bool = False, size: stacke
 
 
 def copies_of_stacks(text: str, layers: int) -> int:
-    """Copies of matrices of all layers, from one place of the main memory to another, anywhere in a program."""
-    found = [INSTRUCTION.match(line) for line in text.splitlines()]
-    copies = [x[2] for x in found if x and x[3] in ("copy", "copy-start")]
-    return sum(bool(re.search(rf"\[{layers},\d+,", x)) and all(a.on_device for a in arrays_of(x)) for x in copies)
+    """Kernels, also in loops, that only move the matrices of all layers from one place of the memory to another."""
+    within_kernels = set(re.findall(r"calls=%?([\w.\-]+)", text))
+    copies = 0
+    for computation in text.split("\n}"):
+        head, *lines = computation.strip().splitlines() or [""]
+        if head.removeprefix("ENTRY ").partition(" ")[0].lstrip("%") in within_kernels:
+            continue
+        for match in filter(None, map(INSTRUCTION.match, lines)):
+            name, type_, opcode, operands, rest = match.groups()
+            kernel = Instruction(name, opcode, arrays_of(type_), [], f"{operands}){rest}")
+            copies += bool(re.search(rf"\[{layers},\d+,", type_)) and is_copy(kernel, text)
+    return copies
 
 
 # --- Meshes -------------------------------------------------------------------------------------------
