@@ -52,6 +52,25 @@ class Fake:
         raise TypeError("Got unsupported ScalarType BFloat16")
 
 
+class Whole:
+    """A tensor of integers or booleans, of a framework that has neither `double` nor `is_quantized`."""
+
+    def __init__(self, x):
+        self.x = np.array(x)
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def is_floating_point(self):
+        return False
+
+    def __array__(self, *_):
+        return self.x
+
+
 class Spread:
     """A torch DTensor: mixed operators refuse it."""
 
@@ -70,6 +89,7 @@ READ = {
     "big endian": np.array([1.0, 2.0], ">f4"),
     "list, as in JSON": [1.0, 2.0],
     "torch bfloat16": Fake([1.0, 2.0]),
+    "tensor of integers": Whole([1, 2]),
     "torch DTensor": Spread(),
     "torch sparse": Fake(None, to_dense=lambda: Fake([1.0, 2.0])),
     "torch quantized": Fake(None, is_quantized=True, dequantize=lambda: Fake([1.0, 2.0])),
@@ -81,18 +101,6 @@ READ = {
 def test_arrays_of_every_kind_are_read(name, x):
     read, make = READERS[name]
     np.testing.assert_array_equal(read(make(x, np.ones(2), 5)).nu["w"], [1, 2])
-
-
-class Booleans(Fake):
-    """A torch tensor of booleans; those of Paddle have no `double`, either."""
-
-    double = None
-
-    def is_floating_point(self):
-        return False
-
-    def __array__(self, *_):
-        return np.asarray(self.x)
 
 
 class Meta(Fake):
@@ -111,7 +119,7 @@ REFUSED = {
     "booleans": np.array([True, False]),
     "a date": np.array(["2020-01-01"], "datetime64[D]"),
     "torch meta": Meta(None),
-    "torch booleans": Booleans([True, False]),
+    "tensor of booleans": Whole([True, False]),
     "complex": np.ones(2, np.complex64),
 }
 
