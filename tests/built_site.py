@@ -50,6 +50,8 @@ SEARCHES = {
     "bfloat16": "memory",
     "memory": "memory",
     "EMA": "memory",
+    "OOM": "layers",
+    "value_and_update": "layers",
     "mixed precision": "memory",
     "Adam": "choose",
     "TensorBoard": "troubleshooting",
