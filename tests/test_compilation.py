@@ -4,6 +4,7 @@ import concurrent.futures
 import itertools
 import re
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import optax
 import pytest
 from flax import linen as nn, nnx
 from flax.training import train_state
-from helpers import ALIKE, assert_equal, CONFIGURATIONS, EVERYTHING, mesh_of, NARROW_DTYPES, normal, step_of
+from helpers import ALIKE, CONFIGURATIONS, EVERYTHING, mesh_of, NARROW_DTYPES, normal, step_of
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -189,7 +190,7 @@ def test_a_sweep_in_a_framework_compiles_for_its_first_seed(framework, make, com
     assert compiled == []
     # Seeds share a program, and nothing else.
     assert all(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
-    assert_equal(run(0, make()), first)
+    chex.assert_trees_all_equal(run(0, make()), first, strict=True)
 
 
 @pytest.mark.usefixtures("users_climate")
@@ -199,7 +200,7 @@ def test_another_number_in_a_sweep_is_not_taken_for_the_last_one(compilations):
     with compilations() as compiled:
         again = [run(0, rmsprop(rate)) for rate in (1e-1, 1e-2)]
     assert compiled == []
-    assert_equal(again, ends)
+    chex.assert_trees_all_equal(again, ends, strict=True)
     assert all(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, ends), strict=True))
 
 
@@ -208,7 +209,9 @@ def test_a_sweep_in_threads_ends_as_one_after_the_other():
     run = with_linen()
     one_by_one = [run(seed, rmsprop(1e-2)) for seed in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert_equal(list(pool.map(lambda seed: run(seed, rmsprop(1e-2)), range(4))), one_by_one)
+        chex.assert_trees_all_equal(
+            list(pool.map(lambda seed: run(seed, rmsprop(1e-2)), range(4))), one_by_one, strict=True
+        )
 
 
 @pytest.mark.slow
@@ -509,4 +512,4 @@ def test_a_step_can_be_exported_and_loaded_with_its_state(tx):
     for _ in range(2):
         expected = step(params, state, params)
         params, state = loaded.call(params, state, params)
-        assert_equal((params, state), expected)
+        chex.assert_trees_all_equal((params, state), expected, strict=True)

@@ -8,23 +8,12 @@ import numpy as np
 import optax
 import pytest
 from conformance import run
-from helpers import SGD, step_of
+from helpers import CONFIGURATIONS, SGD, step_of
 
 from rmsprop_jax import rmsprop, scale_by_rms
 
 
 pytestmark = pytest.mark.slow
-
-
-# Each option at least once.
-CONFIGURATIONS = {
-    "plain": {},
-    "nesterov": {"momentum": 0.9, "nesterov": True},
-    "lr outside": {"momentum": 0.9, "lr_in_momentum": False, "eps_in_sqrt": False},
-    "centered, momentum": {"centered": True, "momentum": 0.9, "eps_in_sqrt": False},
-    "centered, bias correction": {"centered": True, "bias_correction": True},
-    "initial scale, decay": {"initial_scale": 1.0, "weight_decay": 1e-5, "decoupled": True},
-}
 
 
 @pytest.mark.parametrize("check", conformance.properties(rmsprop, CONFIGURATIONS), ids=lambda check: check.__name__)

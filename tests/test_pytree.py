@@ -1,12 +1,13 @@
 """The lift: trees, leaves, dtypes, donation. It treats all options alike, so these tests use few of them."""
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_equal, dtypes, EVERYTHING, types
+from helpers import dtypes, EVERYTHING, types
 from hypothesis import example, given, settings, strategies as st
 
 from rmsprop_jax import rmsprop, RMSPropState, scale_by_rms
@@ -62,7 +63,7 @@ def test_float64_of_numpy_is_float32_where_x64_is_off(options, jit):
         expected, _ = tx.update(single, tx.init(single), single)
     assert {k: u.dtype.name for k, u in updates.items()} == {"w": "float32", "z": "complex64", "s": "float32"}
     assert {k: x.dtype.name for k, x in state.nu.items()} == dict.fromkeys(params, "float32")
-    assert_equal(updates, expected)
+    chex.assert_trees_all_equal(updates, expected, strict=True)
 
 
 def test_the_count_stops_at_the_largest_int32():
@@ -393,5 +394,5 @@ def test_an_eps_in_a_jax_array_gives_the_same_bits(eps):
         for _ in range(3):
             updates, state = tx.update(grads, state)
         results.append((updates, state))
-    assert_equal(*results)
+    chex.assert_trees_all_equal(*results, strict=True)
     assert (results[0][0]["zero"] == 0).all()

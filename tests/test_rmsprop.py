@@ -6,13 +6,14 @@ import itertools
 import math
 import operator
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import reference
-from helpers import all_finite, dtypes, finite_floats, follow, SGD
+from helpers import dtypes, finite_floats, follow, SGD
 from hypothesis import example, given, settings, strategies as st
 from problems import distance, grads, START, trajectory
 
@@ -211,7 +212,7 @@ def test_a_zero_gradient_gives_a_zero_update(options, dtype, eps):
     _, updates, state = follow(rmsprop(1e-3, eps=eps, **options), jnp.zeros((3, 4), dtype), jnp.ones(4, dtype))
     np.testing.assert_array_equal(updates, np.zeros((3, 4)))
     assert updates.dtype == dtype
-    assert all_finite(state)
+    chex.assert_tree_all_finite(state)
 
 
 @pytest.mark.parametrize("gradient", [6e-8, 3e-4, 300.0, 6e4])
@@ -262,7 +263,7 @@ def test_nearly_constant_gradients_stay_finite(eps_in_sqrt, eps, c, noise):
     gradients = c * (1 + noise * jax.random.normal(jax.random.key(0), (2000, 100)))
     options = {"centered": True, "eps": eps, "eps_in_sqrt": eps_in_sqrt}
     params, updates, state = follow(rmsprop(1e-3, **options), gradients, jnp.zeros(100))
-    assert all_finite((params, updates, state))
+    chex.assert_tree_all_finite((params, updates, state))
     if noise:  # the step is about g / standard deviation: against float64 over the last half
         deviations = np.sqrt(np.asarray(state.nu, np.float64))
         np.testing.assert_allclose(np.median(deviations), c * noise, rtol=0.3)
@@ -353,7 +354,7 @@ def test_recovers_from_a_huge_gradient(options, bad):
     good = jnp.ones((10, 2)).at[5].set(-1.0)
     gradients = jnp.concatenate([good, jnp.full((1, 2), bad).at[0, 1].set(1.0), jnp.ones((1500, 2)).at[::2].set(-0.5)])
     params, updates, state = follow(tx, gradients, jnp.zeros(2))
-    assert all_finite((params, updates, state))
+    chex.assert_tree_all_finite((params, updates, state))
     # The step itself is as long as a first step, about √1/(1-ρ), and not 1e25 / √largest ...
     assert 1e-3 < abs(updates[10, 0]) < 20e-3
     # ... and at the end the two columns, with and without the accident, walk together again.
@@ -366,7 +367,7 @@ def test_recovers_from_a_huge_gradient(options, bad):
 def test_an_average_of_huge_gradients_stays_finite(options, decay):
     gradients = jnp.full((500, 2), 3e38).at[1::2, 1].set(-3e38)
     *_, state = follow(rmsprop(1e-3, decay=decay, **options), gradients, jnp.zeros(2))
-    assert all_finite(state)
+    chex.assert_tree_all_finite(state)
 
 
 @pytest.mark.parametrize(("options", "state_dtype"), cycled(OTHERS * 2, ["complex64", "float32", "complex64"]))
@@ -387,7 +388,7 @@ def test_huge_gradients_of_any_precision_leave_room(options, state_dtype, wide):
             return state, (updates, state.nu)
 
         _, (updates, nu) = jax.lax.scan(step, tx.init(jnp.zeros((), dtype)), gradients)
-        assert all_finite((updates, nu))
+        chex.assert_tree_all_finite((updates, nu))
         assert nu.max() > 1e36  # it is at its limit
         np.testing.assert_allclose(nu[-1], 0 if options.get("centered") else 1, atol=1e-5)
         assert abs(updates[-1]) > 1e-4  # and the parameter moves again
@@ -423,7 +424,7 @@ def test_third_derivatives_at_exact_zeros_are_finite(options, eps):
 
     g = jnp.array([0.0, 1.0])
     for f in (jax.grad(loss), jax.hessian(loss), jax.jacfwd(jax.hessian(loss))):
-        assert all_finite(jax.jit(f)(g))
+        chex.assert_tree_all_finite(jax.jit(f)(g))
 
 
 @pytest.mark.parametrize(
@@ -447,7 +448,7 @@ def test_first_derivatives_at_the_ends_of_decay_are_finite(ends, options):
         return updates + tx.update(g, state)[0]
 
     for decay, eps, g in itertools.product(ends, (0.0, 1e-20, 1e-3), (0.0, 1.0)):
-        assert all_finite(derivatives(decay, eps, jnp.float32(g)))
+        chex.assert_tree_all_finite(derivatives(decay, eps, jnp.float32(g)))
 
 
 def test_eps_outside_is_exact_where_the_average_is_zero():
@@ -472,7 +473,7 @@ def test_derivatives_through_updates(options, eps, dtype):
         return jnp.sum(params.real**2)
 
     derivatives = jax.jit(jax.grad(loss, (0, 1, 2)))(0.01, jnp.ones(3, dtype), data)
-    assert all_finite(derivatives)
+    chex.assert_tree_all_finite(derivatives)
     assert derivatives[0] != 0
 
 
@@ -496,7 +497,7 @@ def test_derivatives_with_respect_to_every_number(flags, decay):
         ahead, twice = (jax.vmap(lambda e, k=k: loss(numbers + k * h * e))(jnp.eye(5)) for k in (1, 2))
         expected = (4 * ahead - twice - 3 * loss(numbers)) / (2 * h)
         for derivative in (jax.grad(loss)(numbers), jax.jacfwd(loss)(numbers)):
-            assert all_finite(derivative)
+            chex.assert_tree_all_finite(derivative)
             # At decay 0 the variance is 0 by a `where`, which hides how it would grow.
             known = jnp.array([True, not flags.get("centered") or decay > 0, True, True, True])
             np.testing.assert_allclose(derivative[known], expected[known], rtol=1e-5, atol=1e-7)

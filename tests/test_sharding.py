@@ -1,10 +1,11 @@
 """State follows the parameters over eight CPU devices, and the update moves nothing between them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_equal, mesh_of, normal, types
+from helpers import mesh_of, normal, types
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from rmsprop_jax import _storage, rmsprop
@@ -104,7 +105,7 @@ def test_rounding_is_that_of_one_device(how, state_dtype, options):
     ours = jax.jit(run)(*split)
     assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in jax.tree.leaves(ours))
     if how != "shard_map":
-        assert_equal(ours, expected)
+        chex.assert_trees_all_equal(ours, expected, strict=True)
         return
     # A place is then that in the local array: other bits, of the same mean.
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):

@@ -4,12 +4,13 @@ import functools
 import inspect
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_equal, dtypes, finite_floats, follow, NARROW_DTYPES, normal, SGD
+from helpers import dtypes, finite_floats, follow, NARROW_DTYPES, normal, SGD
 from hypothesis import given, settings, strategies as st
 from problems import train_digits
 
@@ -359,7 +360,7 @@ def test_nan_and_inf_are_not_hidden_and_apply_if_finite_restores(options, state_
     guarded = optax.apply_if_finite(rmsprop(1e-3, state_dtype=state_dtype, **options), 5)
     _, state = guarded.update(params, guarded.init(params), params)
     _, after = guarded.update(bad, state, params)
-    assert_equal(after.inner_state, state.inner_state)
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state, strict=True)
     updates, after = rmsprop(1e-3, state_dtype=state_dtype, **options).update(bad, state.inner_state, params)
     assert jnp.isfinite(updates).tolist() == finite
     if "momentum" in options:
