@@ -19,7 +19,9 @@ from ._rounding import RoundParamsState
 __all__ = ["value_and_update"]
 
 
-def value_and_update(loss: Callable[..., Any], layer: Callable[..., Any], tx: Any, has_aux: bool = False) -> Any:
+def value_and_update(
+    loss: Callable[..., Any], layer: Callable[..., Any], tx: Any, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any, Any, Any]]:
     """Like :func:`jax.value_and_grad`, but updates stacked layers one by one and keeps no gradient of them.
 
     The gradients of all layers together take as many bytes as the parameters. Here the backward pass computes the
@@ -31,10 +33,11 @@ def value_and_update(loss: Callable[..., Any], layer: Callable[..., Any], tx: An
 
     Parameters and state end with the same bits as with :func:`jax.value_and_grad` of a :func:`jax.lax.scan` over
     `jax.checkpoint(layer)`, `tx.update` and :func:`optax.apply_updates`. The state is the ordinary one, so a run can
-    change to this step, and back, at any time. (XLA may fuse a momentum in float32 differently: 4e-7 in 20 steps.)
+    change to this step, and back, at any time. Only in float32 may the last bit differ, where two products are added,
+    as in momentum, centering, a decay and Adam: XLA rounds one of the two or none, and not the same in each program.
 
-    Each layer is updated before the gradients of earlier ones exist, so `tx` cannot see them together. A clip by the
-    global norm is an error. So are stacks that are used twice, and models without stacked layers are not served.
+    Each layer is updated before the gradients of earlier ones exist, so `tx` cannot see them together: a clip by the
+    global norm is an error. A model must have stacked layers, and a stack can be used once in a step.
 
     Args:
         loss: `loss(outer, layers, *args)`, the ordinary loss. It calls `x, outs = layers(x, each, *shared)` once,
@@ -54,7 +57,8 @@ def value_and_update(loss: Callable[..., Any], layer: Callable[..., Any], tx: An
         `tx.init(params)`. `tx` then sees stacks of one layer. Where it looks at an array as a whole, as `optax.lamb`
         and a clip of each array do, it looks at that of one layer. With `jax.vmap(tx.init)(params)` it sees a layer
         without the first axis, and each layer has its own count: `optax.adaptive_grad_clip` and `optax.contrib.muon`
-        need that. `value` is what `loss` returns: with `has_aux` a pair.
+        need that. (A state without a count is the same in both cases. `tx` then sees stacks.) `value` is what `loss`
+        returns: with `has_aux` a pair.
 
     Raises:
         TypeError: at construction, if an argument is of a wrong type. In a step, if a leaf is no array, or `layer`
