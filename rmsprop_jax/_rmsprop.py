@@ -6,7 +6,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -161,6 +161,13 @@ def rmsprop(
     """
     if learning_rate is None:
         raise ValueError("learning_rate=None: to divide by the root mean square alone, use scale_by_rms")
+    dtype = getattr(decay, "dtype", None)
+    if dtype in (jnp.float16, jnp.bfloat16):
+        warnings.warn(
+            f"decay arrived as {dtype}, which rounds 0.999 to {jnp.asarray(0.999, dtype)}: "
+            "with optax.inject_hyperparams, set hyperparam_dtype=jnp.float32",
+            stacklevel=2,
+        )
     rule = _Rule(
         eps_in_sqrt=eps_in_sqrt,
         centered=centered,
@@ -178,17 +185,25 @@ def rmsprop(
     ):
         if option is not None and value is None:
             raise ValueError(f"{option} needs {name}, got {name}=None")
-    return _transformation(
-        rule,
-        learning_rate,
-        decay=decay,
-        eps=eps,
-        initial_scale=initial_scale,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        state_dtype=state_dtype,
+    state_dtype, mask = _storage.requested_dtype(state_dtype), _trees.checked_mask(weight_decay_mask)
+    arguments = (rule, learning_rate, decay, eps, initial_scale, momentum, weight_decay, mask, state_dtype)
+
+    decay, eps = _checks.number("decay", decay, upper=1.0), _checks.number("eps", eps)
+    momentum = None if momentum is None else _checks.number("momentum", momentum, upper=1.0)
+    rate, strength = _schedule("learning_rate", learning_rate, -math.inf), _schedule("weight_decay", weight_decay)
+    # A larger ε is far above what ν or its root can lose.
+    tiny: Any = 1e-20 if rule.eps_in_sqrt else 1e-10
+    tx = _pytree.transformation(
+        dataclasses.replace(rule, eps_may_be_tiny=_checks.is_traced(eps) or eps < tiny),
+        # 1 - ρ here, in the precision of a Python float: in float32, 1 - 0.999 is off by 1e-5.
+        lambda count: _Scalars(rate(count), decay, 1 - decay, eps, momentum, strength(count)),
+        RMSPropState,
+        {"nu": _checks.number("initial_scale", initial_scale)},
+        state_dtype,
+        needs_params=None if weight_decay is None else "weight_decay",
+        params_mask=mask,
     )
+    return _equality.equal_by_arguments(tx, arguments)
 
 
 def scale_by_rms(
@@ -215,11 +230,7 @@ def scale_by_rms(
         state_dtype: how ν is kept.
 
     Returns:
-        A transformation whose state is an :class:`RMSPropState`.
-
-    Raises:
-        ValueError: a number is out of range.
-        TypeError: an argument has the wrong type; in `init` or `update`, a leaf has.
+        A transformation like that of :func:`rmsprop`, which raises the same errors.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsprop_jax
@@ -245,9 +256,17 @@ def scale_by_rms(
         :func:`optax.scale_by_rms`. With `eps_in_sqrt=False, bias_correction=True` it equals
         :func:`optax.scale_by_adam` with `b1=0`, and keeps no first moment.
     """
-    rule = _Rule(eps_in_sqrt=eps_in_sqrt, centered=centered, bias_correction=bias_correction)
-    # With α = -1, the update -αu is u itself.
-    return _transformation(rule, -1.0, decay=decay, eps=eps, initial_scale=initial_scale, state_dtype=state_dtype)
+    # At a rate of -1, the update -αu is u itself.
+    options = {"bias_correction": bias_correction, "state_dtype": state_dtype}
+    return rmsprop(-1.0, decay, eps, initial_scale, eps_in_sqrt, centered, **options)
+
+
+def _schedule(name: str, value: Any, lower: float = 0.0) -> Callable[[jax.Array], Any]:
+    """A function of the count. A number is checked at once, and a schedule's where it is called; None is off."""
+    if callable(value):
+        return lambda count: _checks.number(f"{name}(count)", value(count), lower=lower)
+    number = None if value is None else _checks.number(name, value, lower=lower)
+    return lambda count: number
 
 
 # --- The rule ---------------------------------------------------------------------------------------------
@@ -278,11 +297,11 @@ class _Rule:
 
     eps_in_sqrt: bool
     centered: bool
+    momentum: bool
+    nesterov: bool
     bias_correction: bool
-    momentum: bool = False
-    nesterov: bool = False
-    lr_in_momentum: bool = True
-    decoupled: bool = True
+    lr_in_momentum: bool
+    decoupled: bool
     eps_may_be_tiny: bool = True  # False leaves out guards, which take time to compile
 
     def __post_init__(self) -> None:
@@ -417,62 +436,3 @@ def _clip(g: jax.Array, limit: np.floating) -> jax.Array:
 def _abs_sq(x: jax.Array) -> jax.Array:
     # Not jnp.abs(x)**2: its derivative at a complex zero is NaN.
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
-
-
-# --- From arguments to a transformation -------------------------------------------------------------------
-
-
-def _transformation(
-    rule: _Rule,
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    decay: ArrayLike,
-    eps: ArrayLike,
-    initial_scale: ArrayLike,
-    momentum: ArrayLike | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    weight_decay_mask: Any = None,
-    state_dtype: DTypeLike | None,
-) -> optax.GradientTransformationExtraArgs:
-    dtype = getattr(decay, "dtype", None)
-    if dtype in (jnp.float16, jnp.bfloat16):
-        warnings.warn(
-            f"decay arrived as {dtype}, which rounds 0.999 to {jnp.asarray(0.999, dtype)}: "
-            "with optax.inject_hyperparams, set hyperparam_dtype=jnp.float32",
-            stacklevel=3,
-        )
-    state_dtype, mask = _storage.requested_dtype(state_dtype), _trees.checked_mask(weight_decay_mask)
-    arguments = (learning_rate, decay, eps, initial_scale, momentum, weight_decay, mask, state_dtype)
-    if not callable(learning_rate):
-        learning_rate = _checks.number("learning_rate", learning_rate, lower=-math.inf)
-    decay, eps = _checks.number("decay", decay, upper=1.0), _checks.number("eps", eps)
-    momentum = None if momentum is None else _checks.number("momentum", momentum, upper=1.0)
-    if not (weight_decay is None or callable(weight_decay)):
-        weight_decay = _checks.number("weight_decay", weight_decay)
-    initial = {"nu": _checks.number("initial_scale", initial_scale)}
-    # Others are far above what ν or its root can lose.
-    limit: Any = 1e-20 if rule.eps_in_sqrt else 1e-10
-    eps_may_be_tiny = isinstance(eps, jax.Array) or bool(eps < limit)
-    rule = dataclasses.replace(rule, eps_may_be_tiny=eps_may_be_tiny)
-
-    def hyperparameters(count: jax.Array) -> _Scalars:
-        rate = _value("learning_rate", learning_rate, count, lower=-math.inf)
-        strength = _value("weight_decay", weight_decay, count)
-        # 1 - ρ here, in the precision of a Python float: in float32, 1 - 0.999 is off by 1e-5.
-        return _Scalars(rate, decay, 1 - decay, eps, momentum, strength)
-
-    tx = _pytree.transformation(
-        rule,
-        hyperparameters,
-        RMSPropState,
-        initial,
-        state_dtype,
-        needs_params=None if weight_decay is None else "weight_decay",
-        params_mask=mask,
-    )
-    return _equality.equal_by_arguments(tx, (rule, *arguments))
-
-
-def _value(name: str, number: Any, count: jax.Array, lower: float = 0.0) -> Any:
-    """A number, or the value of a schedule."""
-    return _checks.number(f"{name}(count)", number(count), lower=lower) if callable(number) else number
