@@ -97,8 +97,11 @@ def dialect(
             arguments = facts.arguments(*args, **kwargs)
             if arguments[facts.own] is None:
                 raise ValueError(f"{function.__name__} needs {facts.own}: {framework} has no default")
-            tx = _transformation(facts.recipe(arguments))
-            return _equality.equal_by_arguments(tx, (function, *arguments.items()))
+            recipe = facts.recipe(arguments)
+            tx = rmsprop(**recipe.options)
+            tx = optax.chain(*recipe.before, tx) if recipe.before else tx
+            tx = tx if recipe.accumulate is None else _accumulated(tx, recipe.accumulate)
+            return _equality.equal_by_arguments(optax.with_extra_args_support(tx), (function, *arguments.items()))
 
         signature = inspect.signature(function).replace(return_annotation=optax.GradientTransformationExtraArgs)
         setattr(make, "__signature__", signature)  # noqa: B010 (functions do not declare it)
@@ -132,22 +135,13 @@ def dialect_of(function: Callable[..., Any]) -> Dialect:
 def _acting(options: dict[str, Any]) -> dict[str, Any]:
     """The options without those of a momentum or a weight decay that is off, by None or by 0."""
     idle: set[str] = set()
-    if _checks.off(options.get("momentum")) is None:
+    momentum, weight_decay = options.get("momentum"), options.get("weight_decay")
+    if _checks.off(momentum) is None:
         idle |= {"momentum", "lr_in_momentum", "nesterov"}
-    if _checks.off(options.get("weight_decay")) is None:
-        idle |= {"weight_decay", "decoupled"}
-        if options.get("weight_decay") is not None:  # a mask beside 0, as in a sweep; beside None it is a mistake
-            idle |= {"weight_decay_mask"}
+    if _checks.off(weight_decay) is None:
+        # A mask beside 0 is that of a sweep. Beside None it is a mistake.
+        idle |= {"weight_decay", "decoupled"} | ({"weight_decay_mask"} if weight_decay is not None else set())
     return {name: value for name, value in options.items() if name not in idle}
-
-
-def _transformation(recipe: Recipe) -> optax.GradientTransformationExtraArgs:
-    tx = rmsprop(**recipe.options)
-    if recipe.before:
-        tx = optax.chain(*recipe.before, tx)
-    if recipe.accumulate is not None:
-        tx = _accumulated(tx, recipe.accumulate)
-    return optax.with_extra_args_support(tx)
 
 
 def _accumulated(tx: optax.GradientTransformation, k: int) -> optax.GradientTransformationExtraArgs:

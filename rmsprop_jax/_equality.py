@@ -18,11 +18,7 @@ def equal_by_arguments(
 
     With an argument that cannot be hashed, such as an array or a dict, it is equal to itself alone. So is
     whatever Optax makes of it: `optax.chain`, `optax.MultiSteps` and `optax.inject_hyperparams` return new functions
-    in each call.
-
-    Args:
-        tx: the transformation.
-        arguments: everything on which `tx` depends, and the factory if other factories share its code.
+    in each call. `arguments` is everything on which `tx` depends, and the factory if others share its code.
     """
     try:
         hash(_key(arguments))

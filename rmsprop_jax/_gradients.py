@@ -49,22 +49,16 @@ def _before(change: _Change, number: Any, params_for: str | None = None) -> opta
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         flat = leaves, treedef = _trees.flatten(_trees.without_float0(updates))
         grads = [grad for _, grad in leaves]
-        live = [i for i, grad in enumerate(grads) if _trains(grad)]
+        live = [i for i, x in enumerate(grads) if x is not None and jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
         theirs = None
         if params_for is not None and live:
-            if params is None:
-                raise ValueError(f"{params_for} needs params: call update(updates, state, params)")
-            column = _trees.params_with_gradients(flat, params)
+            column = _trees.params_with_gradients(flat, params, params_for)
             theirs = [column[i] for i in live]
         for i, new in zip(live, _changed(change, number, [grads[i] for i in live], theirs), strict=True):
             grads[i] = new
         return treedef.unflatten(grads)
 
     return optax.stateless(update)
-
-
-def _trains(leaf: Any) -> bool:
-    return leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 # At module level, with the number as an argument, like the rule's update: see _pytree.py.

@@ -62,13 +62,12 @@ def transformation(
 
     Args:
         rule: the update of one array.
-        hyperparameters: maps the number of past updates to the rule's hyperparameters, a tree of scalars.
+        hyperparameters: maps the number of past updates to a tree of scalars.
         state_type: a NamedTuple with the fields `count` and the names of the slots.
         initial: first values of slots that do not start at zero.
         state_dtype: the dtype in which `init` makes the slots. `update` leaves them in the dtype they have.
         needs_params: the option for which `update` needs `params`, if there is one.
-        params_mask: a tree of booleans, a prefix of the parameters' tree, or a function from the parameters
-            to it. The rule gets no `param` where it is False. By default it gets all.
+        params_mask: as in :func:`optax.masked`. The rule gets no `param` where it is False.
     """
 
     def init(params: optax.Params) -> Any:
@@ -92,14 +91,12 @@ def transformation(
     ) -> tuple[optax.Updates, Any]:
         updates = _trees.without_float0(updates)
         _check_state(rule, state, state_type, updates)
-        params_column = None
+        column = None
         if needs_params is None:
             _trees.check_kinds(updates, params)
-        elif params is None:
-            raise ValueError(f"{needs_params} needs params: call update(updates, state, params)")
         else:
-            params_column = _trees.params_with_gradients(_trees.flatten(updates), params, params_mask)
-        return _update(rule, hyperparameters(state.count), updates, state, params_column, extra_args.get("layer"))
+            column = _trees.params_with_gradients(_trees.flatten(updates), params, needs_params, params_mask)
+        return _update(rule, hyperparameters(state.count), updates, state, column, extra_args.get("layer"))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -55,13 +55,10 @@ class Accumulator(NamedTuple):
 
 
 def load(encoded: jax.Array, dtype: DTypeLike, seed: _bits.Seed | None, source: jax.Array) -> Accumulator:
-    """The accumulator of an array in the state.
+    """The accumulator of an array in the state, with a value in `dtype`.
 
-    Args:
-        encoded: the array.
-        dtype: of the value.
-        seed: from `_bits.seeds`; None if the state is not rounded.
-        source: an array of the same shape whose bits tell the elements' random bits apart.
+    The bits of `source`, an array of the same shape, tell the elements' random bits apart. Without a seed, nothing
+    is rounded.
     """
     noise = None if seed is None else _bits.noise(seed, source)
     return Accumulator(encoded, decode(encoded).astype(dtype), noise)

@@ -33,14 +33,7 @@ def flatten(tree: Any) -> Flat:
 
 
 def column(flat: Flat, tree: Any, name: str, kind: str = "gradient") -> list[Any]:
-    """The leaves of `tree`, which must have the structure of `flat`.
-
-    Args:
-        flat: the flattened gradients.
-        tree: a tree with a leaf for each of them.
-        name: of `tree`, for the error that lists the leaves without a partner.
-        kind: of the leaves of `flat`.
-    """
+    """The leaves of `tree`, which must have the structure of `flat`. `name` and `kind` are for the error."""
     (leaves, treedef), (others, other_treedef) = flat, flatten(tree)
     if treedef == other_treedef:
         return [leaf for _, leaf in others]
@@ -51,8 +44,10 @@ def column(flat: Flat, tree: Any, name: str, kind: str = "gradient") -> list[Any
     raise ValueError(f"the {kind}s must have the structure of {name}: {differences}")
 
 
-def params_with_gradients(flat: Flat, params: optax.Params, mask: Any = None) -> list[Any]:
-    """The column of `params`, with None where there is no gradient or where the mask is False."""
+def params_with_gradients(flat: Flat, params: optax.Params | None, option: str, mask: Any = None) -> list[Any]:
+    """The column of `params`, which `option` needs, with None where there is no gradient or the mask is False."""
+    if params is None:
+        raise ValueError(f"{option} needs params: call update(updates, state, params)")
     given = column(flat, params, "params")
     selected = given if mask is None else column(flat, _masked(params, mask), "params")
     kept: list[Any] = [None] * len(given)

@@ -27,6 +27,7 @@ as two parameters: put :func:`optax.contrib.split_real_and_imaginary` around a d
 
 # No `from __future__ import annotations`: see _rmsprop.py.
 
+import functools
 import inspect
 import math
 import re
@@ -189,27 +190,25 @@ def dreamer(
         raise ValueError("weight_decay_mask needs wd, got wd=None")
     agc, beta1, wd = _checks.limit("agc", agc), _checks.number("beta1", beta1), _checks.off(wd)
     warmup, end = _checks.number("warmup", warmup), _checks.number("anneal", 0.0 if anneal is None else anneal)
-    if not isinstance(beta1, jax.Array) and beta1 >= 1:
+    if not _checks.is_traced(beta1) and beta1 >= 1:
         raise ValueError(f"beta1={beta1!r}: allowed is a number in [0, 1), because the average is bias corrected")
-    if schedule == "const" and not _checks.is_traced(end):
-        _checks.refuse("anneal", end, 0, "it needs schedule='linear' or 'cosine'")
-    elif schedule != "const" and not _checks.is_traced(end) and end <= (0 if _checks.is_traced(warmup) else warmup):
-        raise ValueError(f"anneal={end!r}: with schedule={schedule!r} it must be larger than warmup={warmup!r}")
+    if not _checks.is_traced(end):
+        if schedule == "const":
+            _checks.refuse("anneal", end, 0, "it needs schedule='linear' or 'cosine'")
+        elif end <= (0 if _checks.is_traced(warmup) else warmup):
+            raise ValueError(f"anneal={end!r}: with schedule={schedule!r} it must be larger than warmup={warmup!r}")
 
     def annealed(count: Any) -> jax.Array:
         return _annealed(_at(lr, count), count, schedule, warmup, end) * _to_average(beta1, count)
 
-    def by_path(params: optax.Params) -> Any:
-        return jax.tree.map_with_path(lambda path, _: _matches(wdregex, path), params)
-
-    options = {"learning_rate": annealed, "momentum": beta1, "nesterov": nesterov, "bias_correction": True} | _TORCH
+    options = _TORCH | {"learning_rate": annealed, "momentum": beta1, "nesterov": nesterov, "bias_correction": True}
     if wd is not None:
         strength = _checks.number("wd", wd)
+        mask = functools.partial(_matching, wdregex) if weight_decay_mask is None else weight_decay_mask
         # The decay is not averaged: divide by what corrects the average.
-        options["weight_decay"] = lambda count: strength / _to_average(beta1, count)
-        options["weight_decay_mask"] = by_path if weight_decay_mask is None else weight_decay_mask
-    before = () if agc is None else (_gradients.clip_adaptively(agc),)
-    return Recipe(options | {"decoupled": True}, before)
+        decay = lambda count: strength / _to_average(beta1, count)  # noqa: E731
+        options |= {"weight_decay": decay, "weight_decay_mask": mask, "decoupled": True}
+    return Recipe(options, () if agc is None else (_gradients.clip_adaptively(agc),))
 
 
 # --- The PyTorch family -----------------------------------------------------------------------------------
@@ -528,9 +527,7 @@ def tf_keras(
     options = {"momentum": momentum, "eps": epsilon, "eps_in_sqrt": _checks.off(momentum) is not None}
     if _checks.off(decay) is not None:
         slowing = _checks.number("decay", decay)
-        options["learning_rate"] = lambda count: (
-            _at(learning_rate, count) / (1 + _at(slowing, count) * _at(count, count))
-        )
+        options["learning_rate"] = lambda count: _at(learning_rate, count) / (1 + _at(slowing) * _at(count))
     return Recipe(options, _gradients.clips(*limits))
 
 
@@ -778,11 +775,7 @@ def table() -> list[dict[str, str]]:
                 "eps": f"{plain['eps']:g}",
                 "eps vs root": eps,
                 "first ν": "corrected" if plain["bias_correction"] else f"{plain['initial_scale']:g}",
-                "centered": "always"
-                if plain["centered"]
-                else "option"
-                if ("centered",) in dialect.honoured.values()
-                else "",
+                "centered": "always" if plain["centered"] else "option" * (("centered",) in dialect.honoured.values()),
                 "momentum": "" if moving is None else f"{plain['momentum'] or 0:g}",
                 "lr vs buffer": "" if moving is None else root[moving["lr_in_momentum"]],
                 "weight decay": decay + " or decoupled" * ("decoupled_decay" in dialect.honoured),
@@ -800,35 +793,39 @@ def _if_honoured(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any
 # --- Parts of recipes -------------------------------------------------------------------------------------
 
 
-def _at(value: Any, count: Any) -> jax.Array:
-    """A number, or the value of a schedule."""
+def _at(value: Any, count: Any = None) -> jax.Array:
+    """A number, or the value of a schedule, in float32."""
     return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
 
 
 def _to_average(beta: Any, count: Any) -> jax.Array:
     """The factor that makes a momentum buffer, Σ βᵗ⁻ⁱ uᵢ, a bias-corrected average."""
-    beta = jnp.asarray(beta, jnp.float32)
-    return (1 - beta) / (1 - beta ** (jnp.asarray(count, jnp.float32) + 1))
+    beta = _at(beta)
+    return (1 - beta) / (1 - beta ** (_at(count) + 1))
 
 
 def _annealed(rate: jax.Array, count: Any, schedule: str, warmup: Any, anneal: Any) -> jax.Array:
     """DreamerV3's learning rate."""
-    step, warmup = jnp.asarray(count, jnp.float32), jnp.asarray(warmup, jnp.float32)
+    step, warmup = _at(count), _at(warmup)
     if schedule == "const":
         shape = 1.0
     else:
-        past = jnp.clip((step - warmup) / (jnp.asarray(anneal, jnp.float32) - warmup), 0.0, 1.0)
+        past = jnp.clip((step - warmup) / (_at(anneal) - warmup), 0.0, 1.0)
         final = 0.1 * rate
         shape = 1 - 0.9 * past if schedule == "linear" else final + (1 - final) * (1 + jnp.cos(jnp.pi * past)) / 2
     return rate * jnp.where(step < warmup, step / jnp.maximum(warmup, 1.0), shape)
 
 
-def _matches(regex: str, path: Any) -> bool:
-    """Whether the regex finds something in the path of a parameter, without the `value` of Flax's variables."""
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    joined = jax.tree_util.keystr(path, simple=True, separator="/")
-    return any(re.search(regex, text) for text in ((joined,) if len(path) > 1 else (joined, f"/{joined}")))
+def _matching(regex: str, params: optax.Params) -> Any:
+    """Whether the regex finds something in each parameter's path, without the `value` of Flax's variables."""
+
+    def matches(path: Any, _: Any) -> bool:
+        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+            path = path[:-1]
+        joined = jax.tree_util.keystr(path, simple=True, separator="/")
+        return any(re.search(regex, text) for text in ((joined,) if len(path) > 1 else (joined, f"/{joined}")))
+
+    return jax.tree.map_with_path(matches, params)
 
 
 def _unscaled(name: str, factor: Any) -> tuple[optax.GradientTransformation, ...]:
