@@ -80,10 +80,10 @@ def test_a_variance_is_the_difference_in_float64():
 
 def test_convert_back_must_give_the_names():
     state = rmsprop(0.1).init(convert(ORIGIN))
-    with pytest.raises(ValueError, match=r"lacks \['x'\] of names, and has \['fc.bias'\] beside them"):
-        _named.arrays_of(state, convert_back, [*NAMES[:2], "x"])
-    with pytest.raises(ValueError, match="names has a name more than once: fc.bias"):
-        _named.arrays_of(state, convert_back, [*NAMES, "fc.bias"])
+    with pytest.raises(ValueError, match="convert_back makes, each once: look at fc.bias, x"):
+        interop.to_pytorch(state, [*NAMES[:2], "x"], convert_back)
+    with pytest.raises(ValueError, match="convert_back makes, each once: look at fc.bias"):
+        interop.to_pytorch(state, [*NAMES, "fc.bias"], convert_back)
 
 
 def test_a_centered_state_goes_out_as_frameworks_keep_it():
@@ -170,10 +170,10 @@ def test_one_name_twice_shows_both_places():
 
 
 def test_shapes_are_compared():
-    with pytest.raises(ValueError, match=r"accumulators of a have different shapes: {'ms': \(1,\), 'mom': \(2,\)}"):
+    with pytest.raises(ValueError, match=r"a has arrays of different shapes: {'ms': \(1,\), 'mom': \(2,\), "):
         read_some(ms__a=[1], mom__a=[1, 2])
     assert read_some(ms__a=[1], mom__a=[1], shapes={"a": (1,)}).nu["a"].shape == (1,)
-    with pytest.raises(ValueError, match=r"ms of a has shape \(1,\), the weight \(2,\): names are in another order"):
+    with pytest.raises(ValueError, match=r"'weight': \(2,\)}. Are names in another order\?"):
         read_some(ms__a=[1], mom__a=[1], shapes={"a": (2,)})
 
 
@@ -198,7 +198,9 @@ def test_counts_of_the_caller_and_of_the_checkpoint():
 
 
 def test_a_name_that_convert_does_not_find():
-    with pytest.raises(ValueError, match=r"convert asks for 'b', the checkpoint has \['a'\]$"):
+    with pytest.raises(
+        ValueError, match=r"convert asks for 'b', the checkpoint has \['a'\]; strip prefixes as `module.` in convert"
+    ):
         _named.state_of(SOME, entries_of(ms__a=[1], mom__a=[1]), lambda x: x["b"], 7, {})
     dotted = [_named.Entry(slot, "module.fc", np.ones(1), slot) for slot in ("ms", "mom")]
     with pytest.raises(ValueError, match=r"convert asks for 'fc', .*strip prefixes as `module.` in convert"):

@@ -196,9 +196,7 @@ def test_names_with_weights_check_every_shape():
     whole = checkpoint([group([0, 1])], {0: entry(1.0), 1: {**entry(0.0), "square_avg": np.full((3, 2), 2.0)}})
     weights = {"a": np.ones(2), "b": np.ones((3, 2))}
     assert float(interop.from_pytorch(whole, weights).nu["b"][0, 0]) == 2
-    with pytest.raises(
-        ValueError, match=r"square_avg of b has shape \(2,\), the weight \(3, 2\): names are in another order"
-    ):
+    with pytest.raises(ValueError, match=r"b has .* shapes: {'square_avg': \(2,\), 'weight': \(3, 2\)}.*another order"):
         interop.from_pytorch(whole, dict(reversed(weights.items())))
     with pytest.raises(ValueError, match="have stepped; names has 3"):
         interop.from_pytorch(whole, {**weights, "c": np.ones(2)})

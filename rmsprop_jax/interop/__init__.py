@@ -13,10 +13,14 @@ dict of NumPy arrays by name to a tree of parameters, converts them as well::
 Continue with the dialect of that name, its options and its schedule: the run continues as if it had never stopped.
 :func:`table` says which function reads which file, and which dialect continues.
 
-Every `from_` function takes the checkpoint, `convert` (without it the state has the dict itself) and `count`, the
-updates made so far, which schedules need: `None` stands for the checkpoint's own, and is an error where it has none.
+Every `from_` function takes the checkpoint, of which it passes over weights and everything else beside the optimizer,
+`convert` (without it the state has the dict itself) and `count`, the updates made so far, which schedules need: `None`
+stands for the checkpoint's own, and is an error where it has none.
 It returns a bare :class:`RMSPropState`, in float32. :func:`rmsprop_jax.carry_over` places it inside wrappers, keeps it
 in fewer bytes, changes options, and checks every path and shape. The `to_` functions find our state inside any wrapper.
+
+TensorFlow 1, Sonnet, PaddlePaddle and MindSpore keep a momentum even if it is not used. Without momentum, continue with
+`state._replace(trace=None)`.
 
 What does not fit is a `ValueError` that says what, and what to do: names, slots or shapes that differ, or are there
 twice; a slot that is missing though the framework always writes it; the checkpoint of another optimizer, class or

@@ -32,10 +32,8 @@ def array(key: str, x: Any) -> np.ndarray:
         raise ValueError(f"{key} is a {type(x).__name__} that NumPy cannot read: {error}") from error
     if np.iscomplexobj(found):
         raise ValueError(
-            f"{key} is one of the complex accumulators: frameworks average the squares of the real and the imaginary "
-            "part apart, or g² itself. Make real arrays of them, such as torch.view_as_real makes, which convert takes "
-            "apart into a NamedTuple of `real` and `imaginary`, and continue with "
-            "optax.contrib.split_real_and_imaginary(tx)"
+            f"{key} is one of the complex accumulators: make real arrays of them, as torch.view_as_real does, and in "
+            "convert a NamedTuple of `real` and `imaginary`. Then use optax.contrib.split_real_and_imaginary(tx)"
         )
     if not (jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)):
         raise ValueError(f"{key} is {reprlib.repr(x)}: allowed is an array of numbers")
@@ -59,12 +57,10 @@ def _strided(x: Any) -> Any:
 
 def mapping(checkpoint: Any, content: str = "arrays by name") -> Mapping[str, Any]:
     """The checkpoint, if it is a mapping."""
-    if isinstance(checkpoint, Mapping):
-        return checkpoint
-    raise ValueError(
-        f"checkpoint={reprlib.repr(checkpoint)} is a {type(checkpoint).__name__}: allowed is a mapping, of {content}. "
-        "Load a file first, as the documentation of this function shows"
-    )
+    if not isinstance(checkpoint, Mapping):
+        found = f"checkpoint={reprlib.repr(checkpoint)} is a {type(checkpoint).__name__}"
+        raise ValueError(f"{found}: allowed is a mapping, of {content}. Load a file first, as the documentation shows")
+    return checkpoint
 
 
 def pairs(variables: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -74,10 +70,8 @@ def pairs(variables: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         mapping(items, "variables by path, or pairs of path and array")
     for item in items:
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise ValueError(
-                f"checkpoint has {reprlib.repr(item)}: allowed are pairs of path and array, such as "
-                "[(v.path, v.numpy()) for v in optimizer.variables]"
-            )
+            allowed = "pairs of path and array, such as (v.path, v.numpy())"
+            raise ValueError(f"checkpoint has {reprlib.repr(item)}: allowed are {allowed}")
         name, value = item
         if isinstance(value, Mapping):
             yield from pairs(value, f"{prefix}{name}/")

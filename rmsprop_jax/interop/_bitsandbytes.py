@@ -1,13 +1,13 @@
 """bitsandbytes: entries like PyTorch's, with the average in 32 bits or in blocks of 8-bit codes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .._rmsprop import RMSPropState
 from ._arrays import array
-from ._named import Convert, Optimizer, somebody_else
+from ._named import Convert, Optimizer
 from ._state_dict import Names, Parameter, parameters, parts_of, state_of_parameters
 
 
@@ -60,20 +60,15 @@ def from_bitsandbytes(
     entries = {key: {**entry, **entry.get(HIDDEN, {})} for key, entry in entries.items()}
     _check_is_rmsprop(groups, entries)
     found = parameters(groups, entries, names, NU)
-    return state_of_parameters(RMSPROP, found, lambda parameter: {NU: _second_moment(parameter)}, convert, count)
+    return state_of_parameters(RMSPROP, found, _arrays, convert, count)
 
 
-def _check_is_rmsprop(groups: list[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> None:
-    """Raises if another optimizer, or PyTorch, wrote the checkpoint."""
-    stepped = [entry for entry in entries.values() if entry]
+def _check_is_rmsprop(groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Raises if PyTorch wrote the checkpoint, or an optimizer with the slots of RMSprop."""
     for i, group in enumerate(groups):
-        fields = sorted(set(group) - {"params", "param_names"})
-        if not {"betas", "eps"} <= set(group) or not all(NU in entry for entry in stepped):
-            raise ValueError(
-                f"not a checkpoint of bitsandbytes, but perhaps one of PyTorch: from_pytorch (group {i} has {fields})"
-            )
-        if "alpha" in group or any("state2" in entry for entry in stepped):
-            raise somebody_else(RMSPROP, {"state2"}, fields)
+        if not {"betas", "eps"} <= set(group) or not all(NU in entry for entry in entries.values() if entry):
+            found = f"group {i} has {sorted(group)}"
+            raise ValueError(f"not a checkpoint of bitsandbytes, but perhaps one of PyTorch: from_pytorch ({found})")
         decay, eps = array("betas", group["betas"])[0], array("eps", group["eps"])
         if decay == 0 or eps == 0:
             kind = "Adagrad" if decay == 0 else "SGD, LARS or Lion"
@@ -81,13 +76,13 @@ def _check_is_rmsprop(groups: list[Mapping[str, Any]], entries: Mapping[Any, Map
             raise ValueError(f"not the checkpoint of RMSprop, but of {kind}: {options}")
 
 
-def _second_moment(parameter: Parameter) -> Any:
-    """ν of one parameter, decoded."""
+def _arrays(parameter: Parameter) -> dict[str, Any]:
+    """ν of one parameter, decoded, or the second slot of another optimizer."""
     name, _, entry, _ = parameter
     if not entry:
-        return parameter.start(0.0)
-    if not str(getattr(entry[NU], "dtype", "")).endswith("uint8"):
-        return entry[NU]
+        return {NU: parameter.start(0.0)}
+    if "state2" in entry or not str(getattr(entry[NU], "dtype", "")).endswith("uint8"):
+        return {slot: entry[slot] for slot in (NU, "state2") if slot in entry}
     scales = entry.get("absmax1", entry.get("max1"))  # max1: of the whole tensor, in the oldest versions
     if scales is None or "qmap1" not in entry:
         raise ValueError(f"{name} is in 8 bits and lacks qmap1 or absmax1: it has {sorted(entry)}")
@@ -95,7 +90,7 @@ def _second_moment(parameter: Parameter) -> Any:
     table, scales = array(f"qmap1 of {name}", entry["qmap1"]), array(f"absmax1 of {name}", scales)
     lengths = [n for n in (*BLOCKS, codes.size or 1) if -(-codes.size // n) == scales.size]
     if not lengths or table.size != 256:
-        raise ValueError(
-            f"{name} has {codes.size} codes, {scales.size} scales and a table of {table.size}: they do not fit"
-        )
-    return table[codes] * np.repeat(scales, lengths[0])[: codes.size].reshape(codes.shape)
+        found = f"{codes.size} codes, {scales.size} scales and a table of {table.size}"
+        raise ValueError(f"{name} has {found}: they do not fit")
+    nu = table[codes] * np.repeat(scales, lengths[0])[: codes.size].reshape(codes.shape)
+    return {NU: nu}

@@ -54,7 +54,7 @@ def from_keras(
             `[(v.name, v.numpy()) for v in optimizer.variables()]`. Or nested mappings, such as
             `h5py.File("model.h5")`.
         convert: from arrays by name to a tree of parameters. Keras 3 names an accumulator by the path of its
-            weight, with "_" for "/": `sequential/d1/kernel` is `sequential_d1_kernel` here. `None`: the dict.
+            weight, with "_" for "/": `sequential/d1/kernel` is `sequential_d1_kernel` here.
         count: of updates. `None` stands for the optimizer's iteration.
         gradient_accumulation_steps: the optimizer's own. Needed where it has accumulators.
 
@@ -88,8 +88,8 @@ def to_keras(state: Any, convert_back: ConvertBack) -> list[tuple[str, np.ndarra
         convert_back: from a tree of parameters to arrays by name, as in :func:`from_keras`.
     """
     count, slots = arrays_of(state, convert_back)
-    theirs = KERAS_3.slots
-    return [("iteration", count), *((f"{name}_{theirs[slot]}", x) for slot in slots for name, x in slots[slot].items())]
+    named = [(f"{name}_{SLOTS[slot]}", x) for slot, arrays in slots.items() for name, x in arrays.items()]
+    return [("iteration", count), *named]
 
 
 # --- The generations --------------------------------------------------------------------------------------
@@ -102,14 +102,9 @@ class Generation(NamedTuple):
     slots: dict[str, str]  # its names of our slots
 
 
-KERAS_3 = Generation(
-    r"(?:(?P<scope>.*)/)?(?P<weight>[^/]+)_(?P<slot>velocity|average_gradient|momentum)",
-    {"nu": "velocity", "mu": "average_gradient", "trace": "momentum"},
-)
-TF_KERAS = Generation(
-    r"(?:(?P<scope>.*?)/)?(?P<slot>velocity|average_gradient|momentum)/(?P<weight>.+)",
-    {"nu": "velocity", "mu": "average_gradient", "trace": "momentum"},
-)
+SLOTS = {"nu": "velocity", "mu": "average_gradient", "trace": "momentum"}
+KERAS_3 = Generation(r"(?:(?P<scope>.*)/)?(?P<weight>[^/]+)_(?P<slot>velocity|average_gradient|momentum)", SLOTS)
+TF_KERAS = Generation(r"(?:(?P<scope>.*?)/)?(?P<slot>velocity|average_gradient|momentum)/(?P<weight>.+)", SLOTS)
 LEGACY = Generation(
     r"(?P<scope>[^/]+)/(?P<weight>.+)/(?P<slot>rms|mg|momentum)", {"nu": "rms", "mu": "mg", "trace": "momentum"}
 )
@@ -138,7 +133,9 @@ def state_of_variables(
     others = {path: x for path, x in found.items() if path not in matches}
     # A loss scaler puts its own name in front of the optimizer's.
     scopes = dict.fromkeys(_last(match["scope"] or "") for match in matches.values())
-    _check_is_rmsprop(generation, matches, others, _optimizer_name(scopes, found))
+    folders = [path.partition("/")[0] for path in found if "/" in path and not path.startswith("loss_scale")]
+    name = re.sub(r"_\d+$", "", next(iter([*scopes, *folders]), "")).lower()
+    _check_is_rmsprop(generation, matches, others, name)
     if twice := repeated(path for path, _ in variables):
         raise ValueError(f"the checkpoint has {listed(twice)} twice")
     entries = [Entry(match["slot"], match["weight"], found[path], path) for path, match in matches.items()]
@@ -150,18 +147,13 @@ def _accumulators(paths: Iterable[str]) -> tuple[Generation, dict[str, re.Match[
     """The paths of accumulators, in the generation that knows most of them."""
     scopes = [path.removesuffix("/iter") for path in paths if path.endswith("/iter")]  # only LEGACY has it
     legacy = LEGACY._replace(pattern=LEGACY.pattern.replace("[^/]+", "|".join([*map(re.escape, scopes), "[^/]+"]), 1))
-
-    def known(generation: Generation) -> dict[str, re.Match[str]]:
-        matches = {path: re.fullmatch(generation.pattern, path) for path in paths}
-        return {path: match for path, match in matches.items() if match}
-
-    def has_nu_and_most(item: tuple[Generation, dict[str, re.Match[str]]]) -> tuple[bool, int]:
-        generation, matches = item
-        return any(match["slot"] == generation.slots["nu"] for match in matches.values()), len(matches)
-
+    found = []
+    for generation in (legacy, TF_KERAS, KERAS_3) if scopes else (TF_KERAS, KERAS_3, LEGACY):
+        matches = {path: match for path in paths if (match := re.fullmatch(generation.pattern, path))}
+        has_nu = any(match["slot"] == generation.slots["nu"] for match in matches.values())
+        found.append((has_nu, len(matches), generation, matches))
     # A path may fit two: names of weights and layers may be those of slots.
-    generations = (legacy, TF_KERAS, KERAS_3) if scopes else (TF_KERAS, KERAS_3, LEGACY)
-    return max(((generation, known(generation)) for generation in generations), key=has_nu_and_most)
+    return max(found, key=lambda item: item[:2])[2:]
 
 
 def _check_is_rmsprop(
@@ -171,28 +163,21 @@ def _check_is_rmsprop(
     unknown = [path for path in others if not re.fullmatch(f"{ITERATION}|{PASSED_OVER}", path)]
     if unknown and all(re.fullmatch(NAMELESS, path) for path in unknown) and name in FOLDERS:
         raise ValueError(
-            f"the variables have no names, but numbers: {listed(unknown)}. Load the file into the compiled model, with "
-            "keras.saving.load_model or model.load_weights, and pass its optimizer.variables. Or give them names, as "
-            "the documentation of from_keras shows"
+            f"the variables have no names, but numbers: {listed(unknown)}. Pass the optimizer.variables of the "
+            "model that keras.saving.load_model makes, or model.load_weights fills. Or give them names, as the "
+            "documentation shows"
         )
     slots = [match["slot"] for match in matches.values()]
+    refused = f"not the variables of Keras' RMSprop, but of {name or 'no name'}: "
     if unknown or generation.slots["nu"] not in slots or name in OTHERS:
-        found = listed(unknown or [*others, *matches])
-        raise ValueError(f"not the variables of Keras' RMSprop, but of {name or 'no name'}: {found}")
+        raise ValueError(refused + listed(unknown or [*others, *matches]))
     # Keras 3's Adam has a velocity and a momentum as well. By itself it makes the momentum first.
     like_adam = generation is KERAS_3 and slots[0] == "momentum" and "average_gradient" not in slots
     if like_adam and "rms" not in name.replace("_", ""):
-        example = "rmsprop/" + _last(next(iter(matches)))
         raise ValueError(
-            f"not the variables of Keras' RMSprop, but of {name or 'no name'}: in this order they are Adam's, "
-            f"{listed(matches)}. If they are RMSprop's in alphabetical order, name their scope so: {example}"
+            f"{refused}in this order they are Adam's, {listed(matches)}. If they are RMSprop's in alphabetical order, "
+            f"name their scope so: rmsprop/{_last(next(iter(matches)))}"
         )
-
-
-def _optimizer_name(scopes: Iterable[str], paths: Iterable[str]) -> str:
-    """The name of the optimizer whose variables these are."""
-    folders = [path.partition("/")[0] for path in paths if "/" in path and not path.startswith("loss_scale")]
-    return re.sub(r"_\d+$", "", next(iter([*scopes, *folders]), "")).lower()
 
 
 def _updates(others: Mapping[str, Any], scopes: Iterable[str], steps: int | None) -> dict[str, int]:
@@ -200,10 +185,8 @@ def _updates(others: Mapping[str, Any], scopes: Iterable[str], steps: int | None
     k = 1 if _checks.off(steps) is None else _checks.count("gradient_accumulation_steps", steps, lower=2)
     accumulators = [path for path in others if path.endswith("_gradient_accumulator")]
     if bool(accumulators) != (k > 1):
-        raise ValueError(
-            f"gradient_accumulation_steps={steps}, but the optimizer has {len(accumulators)} gradient accumulators: "
-            "pass the optimizer's own number"
-        )
+        optimizer = f"the optimizer has {len(accumulators)} gradient accumulators"
+        raise ValueError(f"gradient_accumulation_steps={steps}, but {optimizer}: pass the optimizer's own number")
     found = {path: whole(path, x) for path, x in others.items() if re.fullmatch(ITERATION, path)}
     beside = {path: x for path, x in found.items() if _last(path.rpartition("/")[0]) in scopes} or found
     if rest := max((x % k for x in beside.values()), default=0):

@@ -30,18 +30,13 @@ def from_mindspore(
 
         checkpoint = mindspore.load_checkpoint("net.ckpt")
 
-    Weights and everything else in the file are passed over. Averages start at 1; those of old releases started at
-    0. Either way they come along.
+    Averages start at 1; those of old releases started at 0. Either way they come along.
 
     Args:
         checkpoint: arrays by name: `mean_square.fc.weight`, `moment.fc.weight` and, if centered,
             `mean_grad.fc.weight`.
-        convert: from arrays by name (`"fc.weight"`) to a tree of parameters. `None`: the dict itself.
+        convert: from arrays by name (`"fc.weight"`) to a tree of parameters.
         count: of updates. `None` stands for the file's `global_step`.
-
-    Returns:
-        The state. MindSpore has its moment even for a momentum of zero. Without momentum, continue with
-        `state._replace(trace=None)`.
 
     Example:
         >>> import numpy as np

@@ -29,7 +29,7 @@ def from_mlx(
 
     Args:
         checkpoint: arrays by name: `layers.0.weight.v`, with `step` and `learning_rate`.
-        convert: from arrays by name (`"layers.0.weight"`) to a tree of parameters. `None`: the dict itself.
+        convert: from arrays by name (`"layers.0.weight"`) to a tree of parameters.
         count: of updates. `None` stands for the `step`.
 
     Example:
@@ -46,8 +46,8 @@ def from_mlx(
         raise ValueError(f"{listed(nested)} are not arrays: pass dict(mlx.utils.tree_flatten(optimizer.state))")
     if bits := [key for key, x in arrays.items() if str(getattr(x, "dtype", "")) == "mlx.core.bfloat16"]:
         raise ValueError(f"{listed(bits)} is bfloat16, which NumPy does not have: cast with x.astype(mx.float32)")
-    stored = {key: arrays.pop(key) for key in ("step", "learning_rate") if key in arrays}
-    stored.pop("learning_rate", None)
+    arrays.pop("learning_rate", None)
+    stored = {"step": arrays.pop("step")} if "step" in arrays else {}
     parts = {key: key.rpartition(".") for key in arrays}
     entries = [Entry(slot, weight, arrays[key], key) for key, (weight, _, slot) in parts.items()]
     state = state_of(RMSPROP, entries, convert, count, stored)

@@ -10,7 +10,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from .. import _carry, _states, _storage
 from .._rmsprop import RMSPropState
-from .._text import listed, repeated
+from .._text import listed
 from ._arrays import array, updates
 
 
@@ -61,15 +61,14 @@ def state_of(
         shapes: of the weights that must be there, by name; None where nobody knows.
     """
     slots = _by_slot(optimizer, list(entries))
-    _check_whole(optimizer, slots, shapes or {})
+    _check_slots(optimizer, slots, shapes or {})
     made = updates(count, stored)
     convert = convert or dict
     try:
         _check_convert(convert, slots["nu"])
     except KeyError as error:
-        names = sorted(slots["nu"])
-        hint = "; strip prefixes as `module.` in convert" if any("." in name for name in names) else ""
-        raise ValueError(f"convert asks for {error}, the checkpoint has {names}{hint}") from error
+        found = f"the checkpoint has {sorted(slots['nu'])}"
+        raise ValueError(f"convert asks for {error}, {found}; strip prefixes as `module.` in convert") from error
     trees = {slot: convert(dict(arrays)) for slot, arrays in slots.items()}
     if "mu" in trees:
         trees["nu"] = jax.tree.map(_states.variance, trees["nu"], trees["mu"])
@@ -83,19 +82,16 @@ def _by_slot(optimizer: Optimizer, entries: list[Entry]) -> dict[str, Arrays]:
     if not kinds <= set(theirs.values()) or theirs["nu"] not in kinds:
         foreign = [entry.key for entry in entries if entry.slot not in theirs.values()]
         raise somebody_else(optimizer, kinds, foreign or [entry.key for entry in entries])
-    first: dict[tuple[str, str], Entry] = {}
-    for entry in entries:
-        other = first.setdefault((entry.slot, entry.name), entry)
-        if other is not entry:
-            raise ValueError(
-                f"the checkpoint has {entry.slot} of {entry.name} twice, and they cannot be told apart: "
-                f"{other.key} and {entry.key}"
-            )
-    return {
-        slot: {entry.name: array(entry.key, entry.array) for entry in entries if entry.slot == kind}
-        for slot, kind in theirs.items()
-        if kind in kinds or slot in optimizer.always
-    }
+    ours = {kind: slot for slot, kind in theirs.items()}
+    slots: dict[str, Arrays] = {slot: {} for slot, kind in theirs.items() if kind in kinds or slot in optimizer.always}
+    keys: dict[tuple[str, str], str] = {}
+    for kind, name, x, key in entries:
+        if (kind, name) in keys:
+            both = f"{keys[kind, name]} and {key}"
+            raise ValueError(f"the checkpoint has {kind} of {name} twice, and they cannot be told apart: {both}")
+        keys[kind, name] = key
+        slots[ours[kind]][name] = array(key, x)
+    return slots
 
 
 def somebody_else(optimizer: Optimizer, kinds: Iterable[str], found: Iterable[Any]) -> ValueError:
@@ -106,27 +102,19 @@ def somebody_else(optimizer: Optimizer, kinds: Iterable[str], found: Iterable[An
     return ValueError(f"not the checkpoint of {optimizer.title}, but of {kind}: it has {found or 'no accumulators'}")
 
 
-def _check_whole(
+def _check_slots(
     optimizer: Optimizer, slots: Mapping[str, Arrays], known: Mapping[str, tuple[int, ...] | None]
 ) -> None:
-    """Raises unless every weight has every slot, in its own shape."""
-    theirs, names = optimizer.slots, sorted(set(known).union(*slots.values()))
-    lacking = {theirs[slot]: [name for name in names if name not in arrays] for slot, arrays in slots.items()}
-    if lacking := {slot: missing for slot, missing in lacking.items() if missing}:
+    """Raises unless every weight has every slot, in its own shape, and ν is no average of something else."""
+    theirs, names = optimizer.slots, set(known).union(*slots.values())
+    if lacking := {theirs[slot]: sorted(names - x.keys()) for slot, x in slots.items() if names - x.keys()}:
         raise ValueError(f"the checkpoint lacks {lacking}, which {optimizer.title} writes with these options")
-    for name, nu in slots["nu"].items():
-        shapes = {theirs[slot]: arrays[name].shape for slot, arrays in slots.items()}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(f"the accumulators of {name} have different shapes: {shapes}")
-        shape = known.get(name)
-        if shape not in (None, nu.shape):
-            raise ValueError(
-                f"{theirs['nu']} of {name} has shape {nu.shape}, the weight {shape}: names are in another order"
-            )
+    for name in slots["nu"]:
+        shapes = {theirs[slot]: arrays[name].shape for slot, arrays in slots.items()} | {"weight": known.get(name)}
+        if len({*shapes.values()} - {None}) > 1:
+            raise ValueError(f"{name} has arrays of different shapes: {shapes}. Are names in another order?")
     if negative := [name for name, nu in slots["nu"].items() if (nu < 0).any()]:
-        raise ValueError(
-            f"{theirs['nu']} of {listed(negative)} is negative: it averages no squares. Another optimizer's?"
-        )
+        raise ValueError(f"{theirs['nu']} of {listed(negative)} is negative: it averages no squares")
 
 
 def _check_convert(convert: Convert, arrays: Arrays) -> None:
@@ -137,10 +125,8 @@ def _check_convert(convert: Convert, arrays: Arrays) -> None:
     leaves = {keystr(path): np.asarray(x) for path, x in tree_flatten_with_path(convert(numbers))[0]}
     for path, x in leaves.items():
         if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits < 32:
-            raise ValueError(
-                f"convert makes {x.dtype} of {path or 'the array'}, and accumulators need float32: cast the weights "
-                "after convert, not in it. carry_over(state, tx.init(params)) keeps the state in fewer bytes"
-            )
+            place = path or "the array"
+            raise ValueError(f"convert makes {x.dtype} of {place}, and accumulators need float32: cast after convert")
     values = np.concatenate([np.zeros(0), *(np.ravel(x.astype(np.float64)) for x in leaves.values())])
     times = dict(zip(*np.unique(values, return_counts=True), strict=True))
     found = {name: times.get(number[name], 0) for name in arrays}
@@ -149,16 +135,14 @@ def _check_convert(convert: Convert, arrays: Arrays) -> None:
     if forgotten := [name for name in kept if found[name] < arrays[name].size]:
         twice = [name for name, x in arrays.items() if found[name] > x.size]
         also = f", and uses more than once {twice}" if twice else ""
-        drop = f"say so in convert: arrays[{forgotten[0]!r}] = None"
-        raise ValueError(f"convert leaves out, or changes the values of, {forgotten}{also}. If they are to go, {drop}")
+        drop = f"To drop one on purpose: arrays[{forgotten[0]!r}] = None"
+        raise ValueError(f"convert leaves out, or changes the values of, {forgotten}{also}. {drop}")
 
 
 # --- To a framework ---------------------------------------------------------------------------------------
 
 
-def arrays_of(
-    state: Any, convert_back: ConvertBack, names: Iterable[str] | None = None
-) -> tuple[np.ndarray, dict[str, Arrays]]:
+def arrays_of(state: Any, convert_back: ConvertBack) -> tuple[np.ndarray, dict[str, Arrays]]:
     """The reverse of `state_of`: the count, and arrays by our slots and by the weights' names."""
     bare = _carry.bare(state, "a framework's checkpoint has no place for it")
     if np.shape(bare.count):
@@ -169,19 +153,9 @@ def arrays_of(
     if bare.mu is not None:
         trees["nu"] = jax.tree.map(_states.second_moment, bare.nu, bare.mu)
     slots = {slot: convert_back(tree) for slot, tree in trees.items() if tree is not None}
-    if names is not None:
-        _check_names(list(names), list(slots["nu"]))
     # Contiguous: a framework does not want to own a transposed view.
     arrays = {
         slot: {name: array(f"{slot} of {name}", x).astype(np.float32, order="C") for name, x in named.items()}
         for slot, named in slots.items()
     }
     return np.asarray(bare.count), arrays
-
-
-def _check_names(names: list[str], found: list[str]) -> None:
-    if twice := repeated(names):
-        raise ValueError(f"names has a name more than once: {listed(twice)}")
-    lacking, surplus = sorted(set(names) - set(found)), sorted(set(found) - set(names))
-    if lacking or surplus:
-        raise ValueError(f"convert_back lacks {lacking} of names, and has {surplus} beside them")

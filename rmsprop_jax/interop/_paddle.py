@@ -46,18 +46,14 @@ def from_paddle(
         checkpoint = paddle.load("net.pdopt")  # or pickle.load
         names = {p.name: name for name, p in net.named_parameters()}
 
-    Master weights are passed over: they are the parameters in float32.
+    Paddle makes every accumulator, used or not. A mean that is zero everywhere, as without centering, is left out.
 
     Args:
         checkpoint: the optimizer's `state_dict()`.
-        convert: from arrays by name to a tree of parameters. `None`: the dict itself.
+        convert: from arrays by name to a tree of parameters.
         count: of updates. `None` stands for the `last_epoch` of the learning rate's scheduler, which counts the
             calls of its `step()`. Without a scheduler Paddle does not count: pass the number.
         names: from Paddle's names (`"linear_0.w_0"`) to those that `convert` knows (`"fc.weight"`). `None`: Paddle's.
-
-    Returns:
-        The state. Paddle makes every accumulator, used or not. A mean that is zero everywhere, as it is without
-        centering, is left out. Without momentum, continue with `state._replace(trace=None)`.
 
     Example:
         >>> import numpy as np
@@ -72,10 +68,7 @@ def from_paddle(
     """
     given = {key: x for key, x in mapping(checkpoint).items() if key not in PASSED_OVER}
     if bits := [key for key, x in given.items() if str(getattr(x, "dtype", "")).endswith("uint16")]:
-        raise ValueError(
-            f"{listed(bits)} is uint16, the bits of bfloat16, which NumPy does not have: read the file with "
-            "paddle.load, without return_numpy"
-        )
+        raise ValueError(f"{listed(bits)} is uint16, the bits of bfloat16: use paddle.load, without return_numpy")
     matches = {key: _NAME.fullmatch(key) for key in given}
     entries = [
         Entry(match[2], (names or {}).get(match[1], match[1]), given[key], key) if match else Entry(key, "", None, key)

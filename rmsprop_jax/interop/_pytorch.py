@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._rmsprop import RMSPropState
+from .._text import listed, repeated
 from ._arrays import array, whole
 from ._named import arrays_of, Convert, ConvertBack, Optimizer, somebody_else
 from ._state_dict import Names, Parameter, parameters, parts_of, state_of_parameters
@@ -36,7 +37,7 @@ def from_pytorch(
               groups it is refused where shapes do not tell which weight is in which group.
             * a sequence of names in the order of the groups. **A wrong order of layers of one shape cannot be
               detected.** It may leave out all parameters that never stepped.
-        convert: from arrays by name to a tree of parameters. `None`: the dict itself.
+        convert: from arrays by name to a tree of parameters.
         count: of updates. `None` stands for the largest step of a parameter: PyTorch does not count the updates in
             which a parameter has no gradient.
 
@@ -106,32 +107,38 @@ def to_pytorch(state: Any, names: Names, convert_back: ConvertBack) -> dict[int,
         convert_back: from a tree of parameters to arrays by name.
 
     Raises:
-        ValueError: `convert_back` does not give these names.
+        ValueError: `convert_back` makes other names.
     """
+    names = list(names)
+    count, slots = arrays_of(state, convert_back)
+    if differ := repeated(names) or sorted(slots["nu"].keys() ^ names):
+        raise ValueError(f"names must be those that convert_back makes, each once: look at {listed(differ)}")
+
     import torch
 
-    names = list(names)
-    count, slots = arrays_of(state, convert_back, names)
     return {
         i: {"step": torch.tensor(float(count))}
-        | {SLOTS[slot]: torch.from_numpy(arrays[name]) for slot, arrays in slots.items()}
+        | {RMSPROP.slots[slot]: torch.from_numpy(arrays[name]) for slot, arrays in slots.items()}
         for i, name in enumerate(names)
     }
 
 
 # --- The classes ------------------------------------------------------------------------------------------
 
-SLOTS = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
-# By options of a group, or slots of an entry, that RMSprop does not have.
-OTHERS = {
-    "state1": "bitsandbytes",
-    "__bnb_optimizer_quant_state__": "bitsandbytes",
-    "dampening": "SGD",
-    "lr_decay": "Adagrad",
-    "rho": "Adadelta",
-    "betas": "Adam or one of its kin",
-    "exp_avg": "Adam or one of its kin",
-}
+RMSPROP = Optimizer(
+    "RMSprop",
+    {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"},
+    others={  # also by options of a group
+        "state1": "bitsandbytes",
+        "__bnb_optimizer_quant_state__": "bitsandbytes",
+        "dampening": "SGD",
+        "lr_decay": "Adagrad",
+        "rho": "Adadelta",
+        "betas": "Adam or one of its kin",
+        "exp_avg": "Adam or one of its kin",
+    },
+)
+NU = RMSPROP.slots["nu"]
 # Options of all classes of RMSprop.
 OPTIONS = {"momentum", "centered"}
 # Options that PyTorch gives each of its optimizers, since 1.12.
@@ -148,70 +155,70 @@ USES = {
 class Class(NamedTuple):
     """One of the classes whose checkpoints look like this."""
 
-    reader: str
     title: str
+    reader: str
     first: float  # ν before the first update
 
 
-PYTORCH = Class("from_pytorch", "torch.optim.RMSprop's checkpoint", 0.0)
-TIMM = Class("from_timm", "timm's checkpoint, whose momentum_buffer holds the learning rate", 1.0)
-STABLE_BASELINES3 = Class("from_stable_baselines3", "the checkpoint of Stable Baselines 3's RMSpropTFLike", 1.0)
+PYTORCH = Class("torch.optim.RMSprop's checkpoint", "from_pytorch", 0.0)
+TIMM = Class("timm's checkpoint, whose momentum_buffer holds the learning rate", "from_timm", 1.0)
+STABLE_BASELINES3 = Class(
+    "the checkpoint of Stable Baselines 3's RMSpropTFLike",
+    "from_stable_baselines3 (or from_pytorch if a PyTorch before 1.12 wrote it: add foreach=None to its groups)",
+    1.0,
+)
 
 
 def _read(checkpoint: Any, names: Names | None, convert: Convert | None, count: int | None, own: Class) -> RMSPropState:
     groups, entries = parts_of(checkpoint)
-    used = [slot for slot, uses in USES.items() if any(uses(group) for group in groups if set(group) >= OPTIONS)]
-    optimizer = Optimizer("RMSprop", SLOTS, used, OTHERS)
+    fields = {field for entry in entries.values() for field in entry}
     for group in groups:
         if not set(group) >= OPTIONS:
-            fields = {field for entry in entries.values() for field in entry} - {"step"}
-            raise somebody_else(optimizer, {*group, *fields}, sorted(group))
-    found = parameters(groups, entries, names, SLOTS["nu"])
+            raise somebody_else(RMSPROP, {*group, *fields}, sorted(group))
+    found = parameters(groups, entries, names, NU)
     for i, group in enumerate(groups):
-        _check_class(i, group, [x for x in found if x.group is group and x.entry], own)
+        writer = _class_of(group, [x for x in found if x.group is group and x.entry])
+        writer = writer or (PYTORCH if own is TIMM else own)
+        if writer is not own:
+            raise ValueError(f"this is {writer.title}: use {writer.reader}. Group {i} has {sorted(group)}")
+    used = [slot for slot, uses in USES.items() if any(map(uses, groups))]
+    optimizer = RMSPROP._replace(always=used)
     return state_of_parameters(optimizer, found, lambda x: _arrays(x, used, own.first), convert, count)
 
 
 def _arrays(parameter: Parameter, used: list[str], first: float) -> dict[str, Any]:
     """The accumulators of a parameter, with zeros for what other groups use and its own does not."""
     _, group, entry, _ = parameter
-    arrays = {field: x for field, x in entry.items() if field not in ("step", *SLOTS.values())}  # somebody else's
+    theirs = RMSPROP.slots
+    arrays = {field: x for field, x in entry.items() if field not in ("step", *theirs.values())}  # somebody else's
     for slot in used:
-        field = SLOTS[slot]
+        field = theirs[slot]
         if not entry:
             arrays[field] = parameter.start(first if slot == "nu" else 0.0)
         elif not USES[slot](group):
-            arrays[field] = np.zeros(array(field, entry.get(SLOTS["nu"], ())).shape)
+            arrays[field] = np.zeros(array(field, entry.get(NU, ())).shape)
         elif field in entry:
             arrays[field] = entry[field]
     return arrays
 
 
-def _check_class(i: int, group: Mapping[str, Any], stepped: list[Parameter], own: Class) -> None:
-    """Raises if another class wrote this group."""
-    found = TIMM if "lr_in_momentum" in group else PYTORCH if OF_PYTORCH & set(group) else _from_averages(stepped)
-    if own is TIMM and found is None:
-        raise ValueError(f"this is not timm's checkpoint: group {i} has no lr_in_momentum. Use from_pytorch")
-    if found not in (None, own):
-        old = " (or, if a PyTorch before 1.12 wrote it, add foreach=None to its groups)"
-        also = old if own is PYTORCH and found is STABLE_BASELINES3 else ""
-        raise ValueError(f"this is {found.title}: use {found.reader}{also}. Group {i} has {sorted(group)}")
+def _class_of(group: Mapping[str, Any], stepped: list[Parameter]) -> Class | None:
+    """The class that wrote this group; None if nothing tells.
 
-
-def _from_averages(stepped: list[Parameter]) -> Class | None:
-    """Stable Baselines 3's class, or a PyTorch before 1.12, whose groups have the same options; None if nothing tells.
-
-    Averages that started at 1 are at least what is left of it. Far above, as those of large gradients are, they tell
-    nothing. Both classes count in integers.
+    Stable Baselines 3's groups have the options of a PyTorch before 1.12. Averages that started at 1 are at least what
+    is left of it. Far above, as those of large gradients are, they tell nothing. Both classes count in integers.
     """
+    if "lr_in_momentum" in group:
+        return TIMM
+    if OF_PYTORCH & set(group):
+        return PYTORCH
     smallest = np.inf
-    for name, group, entry, _ in stepped:
+    for name, _, entry, _ in stepped:
         step = entry.get("step")
         if "int" in str(getattr(step, "dtype", type(step))):
             # Every update rounds in float32, where this may have become zero.
             alpha = array("alpha", group.get("alpha", 0)).item() * (1 - 2.0**-22)
             left = alpha ** whole(f"step of {name}", step)
-            nu = array(f"{SLOTS['nu']} of {name}", entry.get(SLOTS["nu"], ()))
             if left > np.finfo(np.float32).tiny:
-                smallest = min(smallest, nu.min(initial=np.inf) / left)
+                smallest = min(smallest, array(f"{NU} of {name}", entry.get(NU, ())).min(initial=np.inf) / left)
     return PYTORCH if smallest < 1 else STABLE_BASELINES3 if smallest < 100 else None

@@ -1,6 +1,6 @@
 """State dicts of torch's optimizers: groups, and entries by the number, or the name, of a parameter."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,13 +29,13 @@ class Parameter(NamedTuple):
         """The first value of an accumulator."""
         if self.shape is None:
             raise ValueError(
-                f"{self.name} never stepped, and the checkpoint does not know its shape: give names as a mapping to "
-                "the weights, such as dict(model.named_parameters()), or leave out all names that never stepped"
+                f"{self.name} never stepped, so its shape is unknown: give names as a mapping to the weights, such as "
+                "dict(model.named_parameters()), or leave out all names that never stepped"
             )
         return np.full(self.shape, value)
 
 
-def parts_of(checkpoint: Any) -> tuple[list[Mapping[str, Any]], dict[Any, Mapping[str, Any]]]:
+def parts_of(checkpoint: Any) -> tuple[list[dict[str, Any]], dict[Any, Mapping[str, Any]]]:
     """The groups of a state dict or of the optimizer itself, and the entries by the keys that the groups have."""
     if hasattr(checkpoint, "param_groups"):
         checkpoint = {"state": checkpoint.state, "param_groups": checkpoint.param_groups}
@@ -44,14 +44,12 @@ def parts_of(checkpoint: Any) -> tuple[list[Mapping[str, Any]], dict[Any, Mappin
         checkpoint = _unflattened(checkpoint)
     if not {"state", "param_groups"} <= set(checkpoint):
         raise ValueError(f"not the state_dict of an optimizer, with state and param_groups: {listed(checkpoint)}")
-    groups: list[Mapping[str, Any]] = [
-        {**group, "params": [_key(key) for key in group["params"]]} for group in checkpoint["param_groups"]
-    ]
+    groups = [{**group, "params": [_key(key) for key in group["params"]]} for group in checkpoint["param_groups"]]
     keys = [key for group in groups for key in group["params"]]
     if twice := repeated(keys):
         raise ValueError(f"the checkpoint has a parameter more than once: {listed(twice)}")
-    entries: dict[Any, Any] = {_key(key): entry for key, entry in checkpoint["state"].items()}
     known = set(keys)  # tensors are found in a set, and not in a list, which compares elements
+    entries: dict[Any, Any] = {_key(key): entry for key, entry in checkpoint["state"].items()}
     # Through JSON or safetensors, the number of a parameter becomes a string.
     entries = {int(key) if key not in known and str(key).isdigit() else key: entry for key, entry in entries.items()}
     if unknown := [key for key in entries if key not in known]:
@@ -71,10 +69,8 @@ def _unflattened(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         part, _, rest = key.partition(".")
         name, _, field = rest.rpartition(".")
         parts[part].setdefault(name, {})[field] = value
-    return {
-        "state": parts["state"],
-        "param_groups": [{**group, "params": [name]} for name, group in parts["param_groups"].items()],
-    }
+    groups = [{**group, "params": [name]} for name, group in parts["param_groups"].items()]
+    return {"state": parts["state"], "param_groups": groups}
 
 
 def state_of_parameters(
@@ -95,7 +91,7 @@ def state_of_parameters(
 
 
 def parameters(
-    groups: list[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]], names: Names | None, average: str
+    groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]], names: Names | None, average: str
 ) -> list[Parameter]:
     """The optimizer's parameters with their names, without those that `names` leaves out.
 
@@ -114,9 +110,9 @@ def parameters(
         if given is None:
             raise ValueError("the checkpoint does not name its parameters: give names, in the order of its groups")
         if len(given) not in (len(group_of), len(stepped)):
+            optimizer = f"the optimizer has {len(group_of)} parameters, of which {len(stepped)} have stepped"
             raise ValueError(
-                f"the optimizer has {len(group_of)} parameters, of which {len(stepped)} have stepped; "
-                f"names has {len(given)}: {given}. They may differ if you pass the optimizer itself and its model"
+                f"{optimizer}; names has {len(given)}: {given}. Or pass the optimizer itself and its model"
             )
         keys = dict.fromkeys(group_of if len(given) == len(group_of) else stepped)
         parts = [part for group in groups if (part := [key for key in group["params"] if key in keys])]
@@ -127,11 +123,10 @@ def parameters(
             name_of = dict(zip(keys, given, strict=True))
     else:
         name_of = {key: name for key, name in stored.items() if given is None or name in (weights or given)}
-        same_order = weights or given in (None, [*stored.values()], [stored[key] for key in stepped])
+        known = [*stored.values()]
+        same_order = weights or given in (None, known, [stored[key] for key in stepped])
         if not same_order or not name_of.keys() >= set(stepped):
-            raise ValueError(
-                f"the checkpoint names its parameters {[*stored.values()]}, which names contradicts: {given}"
-            )
+            raise ValueError(f"the checkpoint names its parameters {known}, which names contradicts: {given}")
     return [Parameter(name, group_of[key], entries.get(key) or {}, shapes.get(name)) for key, name in name_of.items()]
 
 
@@ -152,7 +147,7 @@ def _given(names: Names | None) -> tuple[list[str] | None, dict[str, Any]]:
     return given, dict(items) if in_pairs else {}
 
 
-def _stored(groups: list[Mapping[str, Any]], keys: list[Any], weights: Mapping[str, Any]) -> dict[Any, str] | None:
+def _stored(groups: Sequence[Mapping[str, Any]], keys: list[Any], weights: Mapping[str, Any]) -> dict[Any, str] | None:
     """The names by key, if the checkpoint has them, or if its keys are the weights themselves."""
     if keys and all(isinstance(key, str) for key in keys):
         return dict(zip(keys, keys, strict=True))
@@ -175,9 +170,8 @@ def _by_shape(groups: list[list[Any]], found: Mapping[Any, Shape], weights: Mapp
         names = [name for name, shape in weights.items() if shape in shapes]
         if shapes != [weights[name] for name in names]:
             raise ValueError(
-                f"names is in the model's order, and the {len(groups)} groups of the optimizer may be in another: "
-                "shapes do not tell which weight is which. Pass the optimizer itself and its model, "
-                "from_pytorch(optimizer, model), or a list of names in the order of the groups"
+                f"names is in the model's order, the {len(groups)} groups may be in another, and shapes do not tell "
+                "which weight is which: from_pytorch(optimizer, model), or a list of names in the order of the groups"
             )
         name_of |= zip(group, names, strict=True)
     return name_of

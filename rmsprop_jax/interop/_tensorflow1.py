@@ -14,17 +14,14 @@ from ._named import Arrays, arrays_of, Convert, ConvertBack, Entry, Optimizer, s
 
 __all__ = ["from_tensorflow1", "to_tensorflow1"]
 
-SUFFIXES = {"nu": "", "trace": "_1"}
-SUFFIXES_CENTERED = {"nu": "", "mu": "_1", "trace": "_2"}
+# By whether the optimizer is centered.
+SUFFIXES = {False: {"nu": "", "trace": "_1"}, True: {"nu": "", "mu": "_1", "trace": "_2"}}
 
 
 def from_tensorflow1(
     checkpoint: Mapping[str, Any], convert: Convert | None = None, *, count: int | None = None, name: str = "RMSProp"
 ) -> RMSPropState:
-    """The state of `dialects.tensorflow1` from a TensorFlow 1 checkpoint.
-
-    All variables of the checkpoint may be there: weights, moving averages and other optimizers' slots are
-    passed over::
+    """The state of `dialects.tensorflow1` from all variables of a TensorFlow 1 checkpoint::
 
         reader = tf.train.load_checkpoint(directory)
         checkpoint = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
@@ -32,14 +29,10 @@ def from_tensorflow1(
     Args:
         checkpoint: arrays by name. `w/RMSProp` is the mean square and `w/RMSProp_1` the momentum or, when centered,
             `w/RMSProp_1` the mean and `w/RMSProp_2` the momentum.
-        convert: from arrays by name (`"w"`) to a tree of parameters. `None`: the dict itself.
+        convert: from arrays by name (`"w"`) to a tree of parameters.
         count: of updates. `None` stands for the checkpoint's `global_step`. TensorFlow's optimizer does not count:
             pass the number where there is none.
         name: the optimizer's name, if it got another.
-
-    Returns:
-        The state. TensorFlow makes the momentum slot even for a momentum of zero. Without momentum, continue
-        with `state._replace(trace=None)`.
 
     Example:
         >>> checkpoint = {"w/RMSProp": np.ones(2), "w/RMSProp_1": np.zeros(2), "global_step": np.int64(7)}
@@ -48,16 +41,13 @@ def from_tensorflow1(
     """
     matches = {key: re.fullmatch(rf"(.+)/{re.escape(name)}(|_\d+)(?::0)?", key) for key in mapping(checkpoint)}
     found = {key: match for key, match in matches.items() if match}
-    if not found and any(key.endswith("/.ATTRIBUTES/VARIABLE_VALUE") for key in checkpoint):
-        raise ValueError(
-            f"this is an object checkpoint of TensorFlow 2, which from_tensorflow2 reads: {listed(checkpoint)}"
-        )
     if not found:
         raise ValueError(
-            f"no slots of {name}, which are called */{name}, */{name}_1 and */{name}_2: {listed(checkpoint)}"
+            f"no slots of {name}, which are called */{name}, */{name}_1 and */{name}_2: {listed(checkpoint)}. Keys "
+            "that end in VARIABLE_VALUE are of an object checkpoint of TensorFlow 2, which from_tensorflow2 reads"
         )
     centered = any(match[2] == "_2" for match in found.values())
-    slots = {slot: name + suffix for slot, suffix in (SUFFIXES_CENTERED if centered else SUFFIXES).items()}
+    slots = {slot: name + suffix for slot, suffix in SUFFIXES[centered].items()}
     several = {f"{name}_3": f"several optimizers called {name}"}
     optimizer = Optimizer("TensorFlow 1's RMSProp", slots, tuple(slots), several)
     entries = [Entry(name + match[2], match[1], checkpoint[key], key) for key, match in found.items()]
@@ -76,5 +66,5 @@ def to_tensorflow1(state: Any, convert_back: ConvertBack, name: str = "RMSProp")
     _, slots = arrays_of(state, convert_back)
     # TensorFlow has its momentum slot whether it is used or not.
     slots.setdefault("trace", {key: np.zeros_like(x) for key, x in slots["nu"].items()})
-    suffixes = SUFFIXES_CENTERED if "mu" in slots else SUFFIXES
+    suffixes = SUFFIXES["mu" in slots]
     return {f"{key}/{name}{suffixes[slot]}": x for slot, arrays in slots.items() for key, x in arrays.items()}

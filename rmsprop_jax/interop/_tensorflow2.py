@@ -48,8 +48,7 @@ def from_tensorflow2(
 ) -> RMSPropState:
     """The state of an optimizer in an object checkpoint, as `tf.train.Checkpoint` and `model.save_weights` make them.
 
-    All variables of the checkpoint may be there: weights and other objects are passed over. A SavedModel has such a
-    checkpoint in `variables/variables`::
+    A SavedModel has such a checkpoint in `variables/variables`::
 
         reader = tf.train.load_checkpoint(directory)
         checkpoint = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
@@ -67,16 +66,12 @@ def from_tensorflow2(
     Args:
         checkpoint: arrays by key. Where the checkpoint numbers the arrays, their names are in its
             `_CHECKPOINTABLE_OBJECT_GRAPH`, which has to be there.
-        convert: from arrays by name to a tree of parameters. `None`: the dict itself.
+        convert: from arrays by name to a tree of parameters.
         count: of updates. `None` stands for the optimizer's own. Those of Sonnet and of `tf.compat.v1` do not count:
             pass the number.
         name: the optimizer's path: `"optimizer"` in `tf.train.Checkpoint(optimizer=...)`. Needed where there are
             several.
         gradient_accumulation_steps: as in :func:`from_keras`.
-
-    Returns:
-        The state. Sonnet and `tf.compat.v1` have a momentum even if it is zero. Without momentum, continue with
-        `state._replace(trace=None)`.
 
     Example:
         >>> slot = "model/fc/kernel/.OPTIMIZER_SLOT/optimizer/rms/.ATTRIBUTES/VARIABLE_VALUE"
@@ -86,10 +81,8 @@ def from_tensorflow2(
     """
     found = {key.removesuffix(VALUE): x for key, x in mapping(checkpoint).items() if key.endswith(VALUE)}
     if not found:
-        raise ValueError(
-            f"no key ends in {VALUE}, so this is no object checkpoint, but perhaps one of TensorFlow 1 "
-            f"(from_tensorflow1) or a list of variables (from_keras): {listed(checkpoint)}"
-        )
+        perhaps = "one of TensorFlow 1 (from_tensorflow1) or a list of variables (from_keras)"
+        raise ValueError(f"no key ends in {VALUE}: no object checkpoint, but perhaps {perhaps}: {listed(checkpoint)}")
     optimizer, slots = _chosen(found, name)
     own = [key for key in found if key.startswith(f"{optimizer}/") and "/_trainable_variables/" not in key]
     kinds = {match.re for match in slots.values()}
