@@ -8,7 +8,7 @@ from golden import checkpoints
 from golden.checkpoints import END, EPS, recorded, STOP, TABLE, TABLE_ORIGIN
 from recordings import check_goes_on, from_torch_layout, others, rates
 
-from rmsprop_jax import carry_over, dialects, interop
+from rmsprop_jax import dialects, interop
 
 
 HIDDEN = "__bnb_optimizer_quant_state__"
@@ -113,20 +113,6 @@ def test_parameters_that_never_stepped_start_at_zero():
     assert state.nu["fc.weight"].all()
 
 
-def test_an_entry_without_its_step():
-    checkpoint = state_dict("bitsandbytes-32bit")
-    for entry in checkpoint["state"].values():
-        del entry["step"]
-    with pytest.raises(ValueError, match="does not say how many updates were made"):
-        interop.from_bitsandbytes(checkpoint, NAMES[:3])
-
-
-def test_keys_as_json_has_them():
-    kept = recorded("bitsandbytes-32bit")["checkpoint"]["state_dict"]
-    assert set(kept["state"]) == {"0", "1", "2"}
-    assert interop.from_bitsandbytes(kept, NAMES[:3]).count == STOP
-
-
 FOREIGN = others("bitsandbytes-32bit")
 
 
@@ -154,10 +140,3 @@ def test_pytorch_s_checkpoint_is_sent_there(group, entry):
     group, entry = group | {"foreach": None, "params": [0]}, entry | {"step": 1}
     with pytest.raises(ValueError, match="not a checkpoint of bitsandbytes, but perhaps one of PyTorch: from_pytorch"):
         interop.from_bitsandbytes({"state": {0: entry}, "param_groups": [group]}, ["w"])
-
-
-def test_it_goes_on_in_one_byte():
-    state = interop.from_bitsandbytes(state_dict(), NAMES)
-    params = recorded("bitsandbytes-8bit")["middle"]
-    lean = carry_over(state, dialects.bitsandbytes(0.1, state_dtype="uint8").init(params))
-    assert {x.dtype for x in lean.nu.values()} == {np.dtype("uint8")}

@@ -31,19 +31,6 @@ def test_other_optimizers_are_named(kind, forms):
         interop.from_mindspore(forms["ckpt"])
 
 
-def test_the_count():
-    arrays = checkpoint()
-    assert interop.from_mindspore(arrays, count=7).count == 7
-    del arrays["global_step"]
-    with pytest.raises(ValueError, match="does not say how many updates were made: pass count"):
-        interop.from_mindspore(arrays)
-
-
-def test_old_releases_started_at_zero():
-    arrays = {"mean_square.w": np.zeros(2), "moment.w": np.zeros(2), "global_step": np.zeros(1, np.int32)}
-    assert not interop.from_mindspore(arrays).nu["w"].any()
-
-
 def test_a_layer_called_like_a_slot():
     for layer in ("moment", "mean_square", "mean_grad"):
         arrays = checkpoint() | {f"{layer}.weight": np.ones(5), f"mean_square.{layer}.weight": np.full(5, 2.0)}

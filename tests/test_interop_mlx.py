@@ -47,14 +47,6 @@ def test_adagrad_cannot_be_told():
     assert "Nothing in the file tells that" in interop.from_mlx.__doc__
 
 
-def test_the_count():
-    arrays = checkpoint()
-    assert interop.from_mlx(arrays, count=7).count == 7
-    del arrays["step"]
-    with pytest.raises(ValueError, match="does not say how many updates were made: pass count"):
-        interop.from_mlx(arrays)
-
-
 class Bfloat16:
     dtype = "mlx.core.bfloat16"
 

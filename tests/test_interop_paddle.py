@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from golden.checkpoints import case_name, CONSTANT, MOMENTUM, recorded, ROWS
+from golden.checkpoints import case_name, CONSTANT, recorded, ROWS
 from recordings import check_goes_on, from_torch_layout, others, rates, without_unused
 
 from rmsprop_jax import dialects, interop
@@ -39,19 +39,6 @@ def test_other_optimizers_are_named(kind, forms):
         interop.from_paddle(forms["pdopt"])
 
 
-def test_paddle_s_own_names():
-    arrays, names = checkpoint()
-    assert set(interop.from_paddle(arrays).nu) == set(names)
-
-
-def test_without_a_scheduler_nobody_counts():
-    arrays, _ = checkpoint("paddle-constant")
-    with pytest.raises(ValueError, match="does not say how many updates were made: pass count"):
-        interop.from_paddle(arrays)
-    assert interop.from_paddle(arrays, count=7).count == 7
-    assert interop.from_paddle(checkpoint()[0], count=7).count == 7
-
-
 def test_master_weights_are_passed_over():
     # The names that paddle 3.3.1 gives with multi_precision; its kernel for them needs a GPU.
     arrays, names = checkpoint()
@@ -84,42 +71,12 @@ def test_as_pickle_loads_it():
     jax.tree.map(np.testing.assert_array_equal, interop.from_paddle(pickled), interop.from_paddle(arrays))
 
 
-@pytest.mark.parametrize("count", [-1, 7.5])
-def test_a_count_that_is_none(count):
-    with pytest.raises(ValueError, match=f"count={count}: allowed is an integer of at least 0"):
-        interop.from_paddle(checkpoint()[0], count=count)
-
-
-def test_sgd_keeps_nothing():
-    with pytest.raises(
-        ValueError,
-        match="not the checkpoint of Paddle's RMSProp, but of one that keeps nothing, as SGD: it has no accumulators",
-    ):
-        interop.from_paddle({"LR_Scheduler": {"last_epoch": 3}})
-
-
 def test_names_that_lead_to_one():
     arrays, names = checkpoint()
     with pytest.raises(
         ValueError, match=r"has momentum of fc twice, .*: conv2d_0.w_0_momentum_0 and linear_0.w_0_momentum_0"
     ):
         interop.from_paddle(arrays, names=dict.fromkeys(names, "fc"))
-
-
-def test_a_slot_that_is_missing():
-    arrays, _ = checkpoint()
-    key = next(key for key in arrays if "momentum" in key)
-    del arrays[key]
-    with pytest.raises(ValueError, match=rf"lacks {{'momentum': \['{key.split('_momentum')[0]}'\]"):
-        interop.from_paddle(arrays)
-
-
-def test_a_momentum_is_kept_if_there_is_one():
-    arrays, _ = checkpoint("paddle", ROWS["paddle"].cases[0])
-    assert ROWS["paddle"].cases[0].items() >= MOMENTUM.items()
-    state = interop.from_paddle(arrays)
-    assert state.mu is None
-    assert state.trace is not None
 
 
 def test_a_mean_that_is_zero_everywhere_is_no_centering():

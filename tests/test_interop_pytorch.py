@@ -13,11 +13,6 @@ from recordings import from_torch_layout as convert, NAMES, state_dict
 from rmsprop_jax import carry_over, dialects, interop, rmsprop
 
 
-ABC = {0: entry(1.0), 1: entry(2.0), 2: entry(3.0)}
-
-IN_GROUPS = [group([0]), group([1, 2], weight_decay=0.01)]
-
-
 def test_a_buffer_of_a_group_without_momentum_stays_behind():
     """PyTorch keeps it when somebody sets the momentum to 0, and does not use it."""
     stale, used = np.full(2, 5.0), np.full(2, 7.0)
@@ -47,10 +42,8 @@ def test_groups_with_other_momentum_and_centering():
     np.testing.assert_allclose(updates["b"], -0.1 * (4.5 + 1 / np.sqrt(0.99 * 2 + 0.01)), rtol=1e-6)
     np.testing.assert_allclose(updates["c"], -0.1 / np.sqrt(0.99 * 3 + 0.01 - (0.99 * 0.5 + 0.01) ** 2), rtol=1e-6)
     no_average = {**entries, 0: {"step": np.float32(3)}}
-    with pytest.raises(ValueError, match=r"lacks {'square_avg': \['a'\]"):
-        interop.from_pytorch(checkpoint(groups, no_average), ["a", "b", "c"])
     with pytest.raises(ValueError, match=r"lacks {'square_avg': \['a'\]}"):
-        interop.from_pytorch(checkpoint([group([0, 1])], {0: {"step": 3}, 1: entry(1.0)}), ["a", "b"])
+        interop.from_pytorch(checkpoint(groups, no_average), ["a", "b", "c"])
     del entries[1]["momentum_buffer"]
     with pytest.raises(ValueError, match=r"lacks {'momentum_buffer': \['b'\]}"):
         interop.from_pytorch(checkpoint(groups, entries), ["a", "b", "c"])
@@ -152,12 +145,6 @@ def test_where_averages_do_not_tell_both_classes_are_read():
             read(silent, ["w"])
 
 
-def test_slots_of_different_shapes():
-    odd = checkpoint([group([0], momentum=0.9)], {0: entry(1.0, momentum_buffer=np.ones(3))})
-    with pytest.raises(ValueError, match=r"w has arrays of different shapes: {'square_avg': \(2,\), 'mom"):
-        interop.from_pytorch(odd, ["w"])
-
-
 TORCH_FOREIGN = {
     "Adam": {"lr": 0.1, "betas": (0.9, 0.999), "params": [0]},
     "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "params": [0]},
@@ -184,14 +171,10 @@ def test_one_group_of_another_optimizer_is_enough():
         interop.from_pytorch(mixed, ["a", "b"])
 
 
-def test_other_things_than_an_optimizer_s_state_dict():
+def test_slots_of_another_optimizer_in_groups_of_rmsprop():
     odd = checkpoint([group([0])], {0: {"step": 1, "exp_avg": np.ones(2)}})
     with pytest.raises(ValueError, match=r"but of Adam or one of its kin: it has exp_avg of w"):
         interop.from_pytorch(odd, ["w"])
-    with pytest.raises(
-        ValueError, match=r"convert asks for 'fc.weight'.*module.fc.weight.*strip prefixes as `module.`"
-    ):
-        interop.from_pytorch(checkpoint([group([0])], {0: entry(1.0)}), ["module.fc.weight"], lambda x: x["fc.weight"])
 
 
 def torch_checkpoint(**options):
@@ -200,40 +183,6 @@ def torch_checkpoint(**options):
 
 def read(checkpoint, names=NAMES, convert=convert):
     return interop.from_pytorch(checkpoint, names, convert)
-
-
-def test_missing_and_extra_names():
-    with pytest.raises(ValueError, match=r"have stepped; names has 2: \['conv.weight', 'fc.weight'\]"):
-        read(torch_checkpoint(), NAMES[:2])
-    with pytest.raises(ValueError, match="has 3 parameters, of which 3 have stepped; names has 4"):
-        read(torch_checkpoint(), [*NAMES, "extra"])
-    with pytest.raises(ValueError, match=r"convert asks for 'fc.bias', the checkpoint has \['conv.weight', 'fc.b', "):
-        read(torch_checkpoint(), [*NAMES[:2], "fc.b"], lambda arrays: [arrays[name] for name in NAMES])
-    with pytest.raises(ValueError, match=r"convert leaves out, or changes the values of, \['conv.weight', 'fc.bias'\]"):
-        read(torch_checkpoint(), convert=lambda arrays: arrays["fc.weight"])
-
-
-def test_missing_slots():
-    lacking_one = torch_checkpoint()
-    del lacking_one["state"][1]["momentum_buffer"]
-    with pytest.raises(ValueError, match=r"lacks {'momentum_buffer': \['fc.weight'\]}"):
-        read(lacking_one)
-    no_mean = torch_checkpoint()
-    for slots in no_mean["state"].values():
-        del slots["grad_avg"]
-    with pytest.raises(ValueError, match=r"lacks {'grad_avg': \['conv.weight', 'fc.bias', 'fc.weight'\]}"):
-        read(no_mean)
-    with pytest.raises(ValueError, match="but of one that keeps nothing, as SGD: it has no accumulators"):
-        read({"state": {}, "param_groups": [{"params": [], "momentum": 0, "centered": False}]}, [])
-
-
-def test_a_state_without_the_momentum_that_the_dialect_needs():
-    state = read(torch_checkpoint(centered=True))
-    params = convert(ORIGIN)
-    with pytest.raises(ValueError, match=r"state.trace is None: the state was made with other options"):
-        dialects.pytorch(0.1, centered=True, momentum=0.9).update(params, state)
-    with pytest.raises(ValueError, match=r"state.mu is not None: the state was made with other options"):
-        dialects.pytorch(0.1).update(params, state)
 
 
 def test_transposed_shapes():
@@ -250,16 +199,6 @@ def test_transposed_shapes():
     # Without it the first update tells.
     with pytest.raises(ValueError, match=r"gradient\['fc'\]\['kernel'\] has shape \(8, 3\), its nu \(3, 8\)"):
         tx.update(params, state)
-
-
-def test_timm_is_not_pytorch():
-    timm = state_dict("timm,momentum=0.9")
-    with pytest.raises(
-        ValueError, match="this is timm's checkpoint, whose momentum_buffer holds the learning rate: use from_timm"
-    ):
-        read(timm)
-    with pytest.raises(ValueError, match="this is torch.optim.RMSprop's checkpoint: use from_pytorch"):
-        interop.from_timm(torch_checkpoint(), NAMES, convert)
 
 
 def test_complex_accumulators_say_how_they_are_split():
