@@ -44,7 +44,7 @@ class Entry(NamedTuple):
 
 def state_of(
     optimizer: Optimizer,
-    entries: Iterable[Entry],
+    entries: Sequence[Entry],
     convert: Convert | None,
     count: int | None,
     stored: Mapping[str, Any],
@@ -60,10 +60,9 @@ def state_of(
         stored: counts that the checkpoint has, by its names for them.
         shapes: of the weights that must be there, by name; None where nobody knows.
     """
-    slots = _by_slot(optimizer, list(entries))
+    slots = _by_slot(optimizer, entries)
     _check_slots(optimizer, slots, shapes or {})
-    made = updates(count, stored)
-    convert = convert or dict
+    made, convert = updates(count, stored), convert or dict
     try:
         _check_convert(convert, slots["nu"])
     except KeyError as error:
@@ -76,7 +75,7 @@ def state_of(
     return RMSPropState(count=jnp.asarray(made, jnp.int32), **arrays)
 
 
-def _by_slot(optimizer: Optimizer, entries: list[Entry]) -> dict[str, Arrays]:
+def _by_slot(optimizer: Optimizer, entries: Sequence[Entry]) -> dict[str, Arrays]:
     """The arrays by our slots and by name; raises if they are not this optimizer's."""
     kinds, theirs = {entry.slot for entry in entries}, optimizer.slots
     if not kinds <= set(theirs.values()) or theirs["nu"] not in kinds:
@@ -114,7 +113,7 @@ def _check_slots(
         if len({*shapes.values()} - {None}) > 1:
             raise ValueError(f"{name} has arrays of different shapes: {shapes}. Are names in another order?")
     if negative := [name for name, nu in slots["nu"].items() if (nu < 0).any()]:
-        raise ValueError(f"{theirs['nu']} of {listed(negative)} is negative: it averages no squares")
+        raise ValueError(f"{theirs['nu']} of {listed(negative)} is negative: it averages no squares. Not RMSprop's?")
 
 
 def _check_convert(convert: Convert, arrays: Arrays) -> None:

@@ -70,11 +70,8 @@ def from_paddle(
     if bits := [key for key, x in given.items() if str(getattr(x, "dtype", "")).endswith("uint16")]:
         raise ValueError(f"{listed(bits)} is uint16, the bits of bfloat16: use paddle.load, without return_numpy")
     matches = {key: _NAME.fullmatch(key) for key in given}
-    entries = [
-        Entry(match[2], (names or {}).get(match[1], match[1]), given[key], key) if match else Entry(key, "", None, key)
-        for key, match in matches.items()
-    ]
-    scheduler = checkpoint.get("LR_Scheduler") or {}
-    stored = {key: x for key, x in scheduler.items() if key == "last_epoch"}
+    found = {key: match.groups() if match else ("", key) for key, match in matches.items()}
+    entries = [Entry(slot, (names or {}).get(weight, weight), given[key], key) for key, (weight, slot) in found.items()]
+    stored = {key: x for key, x in (checkpoint.get("LR_Scheduler") or {}).items() if key == "last_epoch"}
     state = state_of(RMSPROP, entries, convert, count, stored)
     return state if any(x.any() for x in jax.tree.leaves(state.mu)) else state._replace(mu=None)

@@ -118,27 +118,26 @@ def to_pytorch(state: Any, names: Names, convert_back: ConvertBack) -> dict[int,
 
     return {
         i: {"step": torch.tensor(float(count))}
-        | {RMSPROP.slots[slot]: torch.from_numpy(arrays[name]) for slot, arrays in slots.items()}
+        | {SLOTS[slot]: torch.from_numpy(arrays[name]) for slot, arrays in slots.items()}
         for i, name in enumerate(names)
     }
 
 
 # --- The classes ------------------------------------------------------------------------------------------
 
-RMSPROP = Optimizer(
-    "RMSprop",
-    {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"},
-    others={  # also by options of a group
-        "state1": "bitsandbytes",
-        "__bnb_optimizer_quant_state__": "bitsandbytes",
-        "dampening": "SGD",
-        "lr_decay": "Adagrad",
-        "rho": "Adadelta",
-        "betas": "Adam or one of its kin",
-        "exp_avg": "Adam or one of its kin",
-    },
-)
-NU = RMSPROP.slots["nu"]
+SLOTS = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
+NU = SLOTS["nu"]
+# By options of a group, or slots of an entry, that RMSprop does not have.
+OTHERS = {
+    "state1": "bitsandbytes",
+    "__bnb_optimizer_quant_state__": "bitsandbytes",
+    "dampening": "SGD",
+    "lr_decay": "Adagrad",
+    "rho": "Adadelta",
+    "betas": "Adam or one of its kin",
+    "exp_avg": "Adam or one of its kin",
+}
+RMSPROP = Optimizer("RMSprop", SLOTS, others=OTHERS)
 # Options of all classes of RMSprop.
 OPTIONS = {"momentum", "centered"}
 # Options that PyTorch gives each of its optimizers, since 1.12.
@@ -189,10 +188,9 @@ def _read(checkpoint: Any, names: Names | None, convert: Convert | None, count: 
 def _arrays(parameter: Parameter, used: list[str], first: float) -> dict[str, Any]:
     """The accumulators of a parameter, with zeros for what other groups use and its own does not."""
     _, group, entry, _ = parameter
-    theirs = RMSPROP.slots
-    arrays = {field: x for field, x in entry.items() if field not in ("step", *theirs.values())}  # somebody else's
+    arrays = {field: x for field, x in entry.items() if field not in ("step", *SLOTS.values())}  # somebody else's
     for slot in used:
-        field = theirs[slot]
+        field = SLOTS[slot]
         if not entry:
             arrays[field] = parameter.start(first if slot == "nu" else 0.0)
         elif not USES[slot](group):
