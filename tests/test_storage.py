@@ -1,7 +1,6 @@
 """States of one and two bytes: averages rounded stochastically, and training with them."""
 
 import functools
-import inspect
 import itertools
 
 import chex
@@ -10,21 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import dtypes, finite_floats, follow, NARROW_DTYPES, normal, SGD
-from hypothesis import given, settings, strategies as st
+from helpers import dtypes, EVERYTHING, follow, NARROW_DTYPES, normal, SGD
 from problems import train_digits
 
-from rmsprop_jax import (
-    _bits,
-    _storage,
-    carry_over,
-    dialects,
-    interop,
-    rmsprop,
-    RMSPropState,
-    round_params_stochastically,
-    scale_by_rms,
-)
+from rmsprop_jax import _bits, _storage, carry_over, interop, rmsprop, scale_by_rms
 
 
 def values(kept):
@@ -346,9 +334,8 @@ def test_an_update_keeps_the_dtype_of_an_old_buffer():
     for _ in range(3):
         _, state = tx.update(g, state)
     assert (state.nu.dtype, state.trace.dtype) == (jnp.uint8, jnp.bfloat16)
-    expected = values(state.trace)
     carried = carry_over(state, tx.init(g))
-    np.testing.assert_allclose(values(carried.trace), expected, rtol=0.25, atol=2.0**-24)
+    np.testing.assert_allclose(values(carried.trace), values(state.trace), rtol=0.25, atol=2.0**-24)
 
 
 @pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
@@ -382,27 +369,6 @@ def test_recovers_from_a_huge_gradient(options, state_dtype):
     assert late.min() > 3e-4
 
 
-@settings(max_examples=50)
-@given(
-    gradients=st.lists(st.tuples(finite_floats, finite_floats), min_size=1, max_size=5),
-    dtype=st.sampled_from([jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]),
-    eps=st.sampled_from([0.0, 1e-30, 1e-8]),
-    decay=st.sampled_from([0.0, 0.5, 0.999, 1.0]),
-    options=st.sampled_from(list(OPTIONS.values())),
-    state_dtype=st.sampled_from(NARROW_DTYPES),
-)
-def test_finite_gradients_make_no_nan(gradients, dtype, eps, decay, options, state_dtype):
-    tx = rmsprop(1e-3, decay, eps, state_dtype=state_dtype, **options)
-    params = jnp.ones(2, dtype)
-    state = tx.init(params)
-    for g in gradients:
-        limit = float(jnp.finfo(dtype).max)
-        updates, state = tx.update(jnp.clip(jnp.asarray(g), -limit, limit).astype(dtype), state, params)
-        assert not jnp.isnan(updates).any()
-        assert np.isfinite(values(state.nu)).all()
-        assert state.trace is None or np.isfinite(np.asarray(_storage.decode(state.trace))).all()
-
-
 # --- The argument -------------------------------------------------------------------------------------
 
 
@@ -425,76 +391,12 @@ def test_inject_hyperparams_takes_state_dtype_as_a_string():
         optax.inject_hyperparams(rmsprop)(learning_rate=0.1, state_dtype=jnp.uint8).init(params)
 
 
-@pytest.mark.parametrize("dialect", dialects.DIALECTS, ids=lambda dialect: dialect.__name__)
-@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
-def test_every_dialect_takes_state_dtype(dialect, state_dtype):
-    rate = next(iter(inspect.signature(dialect).parameters))
-    state = dialect(**{rate: 0.1}, state_dtype=state_dtype).init(jnp.ones((3, 2)))
-    assert optax.tree.get(state, "nu").dtype == state_dtype
-    state = dialect(**{rate: 0.1}).init(jnp.ones((3, 2)))
-    assert optax.tree.get(state, "nu").dtype == jnp.float32
-
-
-def test_accumulation_adds_four_bytes():
-    """As the README says: three bytes for a parameter and its state become seven."""
-    params = jnp.ones((100, 10), jnp.bfloat16)
-    tx = optax.chain(rmsprop(0.1, state_dtype=jnp.uint8), round_params_stochastically())
-    for make, state_bytes in ((tx, 1), (optax.MultiSteps(tx, 2), 5)):
-        held = sum(x.nbytes for x in jax.tree.leaves(make.init(params)))
-        assert held // params.size == state_bytes
-
-
 def test_bytes_of_a_state():
     params = {"w": jnp.ones((100, 10)), "b": jnp.ones(10, jnp.bfloat16)}
-    for options, each in (({}, 1), ({"momentum": 0.9}, 2), ({"momentum": 0.9, "centered": True}, 4)):
-        state = rmsprop(0.1, state_dtype=jnp.uint8, **options).init(params)
-        assert sum(x.nbytes for x in jax.tree.leaves(state._replace(count=None))) == 1010 * each
-
-
-# --- From one state to another ------------------------------------------------------------------------
-
-
-def test_carry_over_turns_options_on_and_off():
-    params = {"w": normal((64,))}
-    grads = {"w": 2 + normal((64,))}
-    plain, centered = rmsprop(0.1, 0.9), rmsprop(0.1, 0.9, centered=True, momentum=0.9)
-    state = plain.init(params)
-    for _ in range(3):
-        _, state = plain.update(grads, state)
-    on = carry_over(state, centered.init(params))
-    # E[g²] is the variance about a mean of zero.
-    np.testing.assert_array_equal(on.nu["w"], state.nu["w"])
-    assert (on.count, float(on.mu["w"].sum()), float(on.trace["w"].sum())) == (3, 0, 0)
-    _, on = centered.update(grads, on)
-    off = carry_over(on, plain.init(params))
-    _, expected = plain.update(grads, state)
-    np.testing.assert_allclose(off.nu["w"], expected.nu["w"], rtol=1e-6)
-    assert (off.count, off.mu, off.trace) == (4, None, None)
-    plain.update(grads, off)
-
-
-@pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
-def test_carry_over_changes_the_dtype_inside_a_chain(state_dtype):
-    params = jnp.ones(4096)
-    chains = [
-        optax.chain(optax.clip(10.0), rmsprop(lambda count: 0.1, 0.9, momentum=0.9, state_dtype=dtype))
-        for dtype in (None, state_dtype)
-    ]
-    state = chains[0].init(params)
-    for g in normal((3, 4096)):
-        _, state = chains[0].update(g, state)
-    narrow = carry_over(state, chains[1].init(params))
-    assert dtypes(narrow) == dtypes(chains[1].init(params))
-    assert narrow[1].count == 3
-    np.testing.assert_allclose(values(narrow[1].nu).mean(), np.asarray(state[1].nu).mean(), rtol=0.02)
-    # Rounded once: by at most a step of the code.
-    rounding = 0.25 if state_dtype == jnp.uint8 else 2.0**-7
-    np.testing.assert_allclose(values(narrow[1].trace), np.asarray(state[1].trace), rtol=rounding)
-    np.testing.assert_allclose(values(narrow[1].trace).mean(), np.asarray(state[1].trace).mean(), atol=0.01)
-    back = carry_over(narrow, chains[0].init(params))
-    np.testing.assert_array_equal(back[1].nu, values(narrow[1].nu))
-    chains[0].update(params, back)
-    chains[1].update(params, narrow)
+    lean = [rmsprop(0.1, state_dtype=jnp.uint8, **o) for o in ({}, {"momentum": 0.9}, EVERYTHING)]
+    # As the README says: an accumulation makes seven bytes of three.
+    for tx, each in zip([*lean, optax.MultiSteps(lean[0], 2)], (1, 2, 4, 5), strict=True):
+        assert sum(x.nbytes for x in jax.tree.leaves(tx.init(params)) if x.ndim) == 1010 * each
 
 
 def test_interop_writes_values_and_not_codes():
@@ -505,12 +407,8 @@ def test_interop_writes_values_and_not_codes():
     second = values(state.nu["w"]) + values(state.mu["w"]) ** 2
     np.testing.assert_allclose(arrays["w_velocity"], second, rtol=1e-6)
     np.testing.assert_allclose(arrays["w_momentum"], values(state.trace["w"]), rtol=1e-6)
-    optax_tx = optax.rmsprop(0.1, momentum=0.9, centered=True)
-    theirs = carry_over(state, optax_tx.init(params))
+    theirs = carry_over(state, optax.rmsprop(0.1, momentum=0.9, centered=True).init(params))
     np.testing.assert_allclose(theirs[0].nu["w"], second, rtol=1e-6)
-    narrow = carry_over(theirs, tx.init(params))
-    assert isinstance(narrow, RMSPropState)
-    assert narrow.nu["w"].dtype == jnp.uint8
 
 
 # --- Training -----------------------------------------------------------------------------------------

@@ -111,6 +111,8 @@ def test_a_mask_that_is_no_tree_of_booleans_is_refused():
             rmsprop(0.1, weight_decay=0.1, weight_decay_mask=mask)
     for mask, error, message in (
         ((1,), TypeError, r"the mask\[0\] has type int: allowed are True and False$"),
+        (("yes",), TypeError, r"the mask\[0\] has type str: allowed are True and False$"),
+        ((jnp.array(True),), TypeError, r"the mask\[0\] has type .*: allowed are True and False$"),
         ((True, False), ValueError, "the mask must be a tree like the parameters', or a prefix of it"),
     ):
         tx = rmsprop(0.1, weight_decay=0.1, weight_decay_mask=mask)
