@@ -24,4 +24,4 @@ __all__ = [
     "value_and_update",
 ]
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
