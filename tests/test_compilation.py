@@ -213,19 +213,6 @@ def test_the_second_step_is_the_program_of_the_first(options, dtype, compilation
     assert compiled == []
 
 
-def test_a_grid_of_hyperparameters_is_one_program(compilations):
-    def train(rate, decay):
-        tx = rmsprop(rate, decay)
-        step = step_of(tx)
-        return jax.lax.scan(lambda carry, _: (step(*carry, carry[0]), None), (W, tx.init(W)), None, length=3)[0][0]
-
-    rates, decays = jnp.logspace(-4, -2, 4), jnp.array([0.5, 0.9, 0.99])
-    grid = jax.jit(jax.vmap(jax.vmap(train, (None, 0)), (0, None)))
-    with compilations() as compiled:
-        assert grid(rates, decays).shape == (4, 3, *W.shape)
-    assert len(compiled) == 1
-
-
 EVERY_SLOT = {"centered": True, "momentum": 0.9, "nesterov": True, "bias_correction": True, "initial_scale": 1.0}
 ON_A_MESH = [
     {},
