@@ -26,7 +26,6 @@ import numpy as np
 __all__ = [
     "LARGEST_UINT8",
     "Seed",
-    "bits",
     "from_int8",
     "from_uint8",
     "join",
@@ -71,27 +70,19 @@ def noise(seed: Seed, *arrays: jax.Array) -> jax.Array:
     to the shard, so other, equally good, random bits are used.
     """
     a, b = seed
-    x, *others = (bits(part) for array in arrays for part in _parts(array))
+    x, *others = (bits(y) for x in arrays for y in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,)))
     for other in others:
         # The bits of bfloat16 are in the upper half of a word. Those of two such arrays then fill it.
         x = x ^ (x >> 16) ^ other
-    return (_spread_sign(x) ^ (_place(x.shape) + b)) * a
+    # Not a sum over axes: a TPU would compute the product of each in a kernel of its own, and takes more instructions.
+    place = jax.lax.iota(jnp.uint32, math.prod(x.shape)).reshape(x.shape)
+    return (_spread_sign(x) ^ (place + b)) * a
 
 
 def _spread_sign(x: jax.Array) -> jax.Array:
     """The upper 24 bits of a word, behind eight copies of the first: that alone would change one bit of a product."""
     shifted = jax.lax.bitcast_convert_type(x, jnp.int32) >> 8
     return jax.lax.bitcast_convert_type(shifted, jnp.uint32)
-
-
-def _place(shape: tuple[int, ...]) -> jax.Array:
-    """The place of each element in an array of this shape, counted in the last axis first."""
-    # Not a sum over axes: a TPU would compute the product of each in a kernel of its own, and takes more instructions.
-    return jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-
-
-def _parts(array: jax.Array) -> tuple[jax.Array, ...]:
-    return (array.real, array.imag) if jnp.iscomplexobj(array) else (array,)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -136,17 +127,8 @@ _UNSIGNED = _Code(22, np.float32(2.0**-90), np.float32(1.5 * 2.0**37))
 _SIGNED = _Code(21, np.float32(2.0**-22), np.float32(1.75 * 2.0**9))  # of |x| + 2⁻²²
 _NAN = np.int8(-128)
 
+to_uint8, from_uint8 = _UNSIGNED.encode, _UNSIGNED.decode  # of numbers that are not negative
 LARGEST_UINT8 = float(_UNSIGNED.largest)
-
-
-def to_uint8(x: jax.Array, noise: Any) -> jax.Array:
-    """The code of a number that is not negative."""
-    return _UNSIGNED.encode(x, noise)
-
-
-def from_uint8(code: jax.Array) -> jax.Array:
-    """The float32 that a code stands for."""
-    return _UNSIGNED.decode(code)
 
 
 def to_int8(x: jax.Array, noise: Any) -> jax.Array:
@@ -181,7 +163,7 @@ def to_16_bits(x: jax.Array, noise: Any) -> jax.Array:
 # --- Three bytes: a bfloat16 and the eight bits behind it --------------------------------------------------
 
 
-def to_24_bits(x: jax.Array, noise: jax.Array) -> jax.Array:
+def to_24_bits(x: jax.Array, noise: Any) -> jax.Array:
     """The bits of a float32, rounded stochastically to 24. Ignore the last eight."""
     # A carry out of these 24 bits is right, and none comes out of inf. Some NaN have one, but not that of NumPy.
     return jnp.where(jnp.isnan(x), np.float32(np.nan).view(np.uint32), bits(x) + (noise >> 24))
@@ -191,8 +173,7 @@ def nearest_24_bits(x: jax.Array) -> jax.Array:
     """The bits of a float32, rounded to the nearest 24, and finite if it is. Ignore the others."""
     x = _as_float32(x)
     largest = float(np.uint32(0x7F7F7F00).view(np.float32))  # the largest bfloat16 and a remainder of 127
-    x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
-    return jnp.where(jnp.isnan(x), np.float32(np.nan).view(np.uint32), bits(x) + np.uint32(0x80))
+    return to_24_bits(jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest)), np.uint32(1 << 31))
 
 
 def nearest_16_bits(weight: jax.Array) -> jax.Array:
@@ -206,11 +187,19 @@ def remainder_of(weight: jax.Array) -> jax.Array:
     return (weight >> 8).astype(jnp.int8)
 
 
+@jax.custom_jvp
 def join(upper: jax.Array, rest: jax.Array) -> jax.Array:
-    """The float32 that a bfloat16 and its remainder stand for."""
+    """The float32 that a bfloat16 and its remainder stand for. Its derivative is that of a cast."""
     # Somebody may have set the parameter to zero. A remainder below zero would then make the bits of a NaN.
     rest = jnp.where(upper == 0, jnp.int8(0), rest)
     return _float32((bits(upper).astype(jnp.int32) + (rest.astype(jnp.int32) << 8)).astype(jnp.uint32))
+
+
+@join.defjvp
+def _derivative_of_a_cast(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
+    return join(*primals), tangents[0].astype(jnp.float32)
 
 
 # --- Floats as integers -----------------------------------------------------------------------------------

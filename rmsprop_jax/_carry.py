@@ -14,7 +14,7 @@ from jax.tree_util import keystr
 
 from . import _checks, _placement, _states, _storage
 from ._rmsprop import RMSPropState
-from ._states import Accumulators, Contents, Key, Name, Path
+from ._states import Accumulators, Contents, Key, Name, Path, shown_names
 from ._text import listed
 
 
@@ -101,11 +101,10 @@ def bare(state: Any, reason: str) -> RMSPropState:
         return jnp.zeros_like(_storage.decode(found[name].nu)) if x is None else jnp.array(x, copy=True)
 
     nus = [_states.nu_of(node) for node in contents.states.values()]
-    used = {slot for node in contents.states.values() for _, slot, _, _ in _states.slots_of(node)}
     trees = {
         slot: _states.one_tree(nus, lambda name, slot=slot: value(slot, name))
         for slot in Accumulators._fields
-        if slot == "nu" or slot in used
+        if slot == "nu" or any(getattr(x, slot) is not None for x in found.values())
     }
     count, *others = _counts(contents)
     if others:
@@ -132,7 +131,7 @@ def _collect(state: Any, into: Any) -> tuple[Contents, Contents]:
 
 def _counts(old: Contents, names: Collection[Name] = ()) -> list[Any]:
     """The count of the groups that have these parameters, or of all groups. Several if they differ; 0 without one."""
-    groups = [at for at, node in old.states.items() if _states.names_of(node) & {*names}] or old.states
+    groups = [at for at, node in old.states.items() if {*names}.intersection(_states.names_of(node))] or old.states
     return _distinct([x for at in groups for x in old.counts(at)]) or [jnp.zeros((), jnp.int32)]
 
 
@@ -225,11 +224,11 @@ def _unknown(found: Mapping[Name, Accumulators], old: Contents, new: Contents, a
     """Parameters that only one of the two has."""
     absent, left_out = old.masked(), new.masked()
     places = set().union(*map(_states.names_of, new.states.values()))
-    added = [name for name in sorted(places) if name not in found and not _below(name, absent)]
+    added = [name for name in places if name not in found and not _below(name, absent)]
     if added and not allow_new:
-        yield f"state has nothing for {_listed(added)}: with allow_new=True they start as they are in `into`"
+        yield f"state has nothing for {shown_names(added)}: with allow_new=True they start as they are in `into`"
     if lost := [name for name in found if name not in places and not _below(name, left_out)]:
-        yield f"`into` has no place for {_listed(lost)}: to leave them behind, mask them there with optax.masked"
+        yield f"`into` has no place for {shown_names(lost)}: to leave them behind, mask them there with optax.masked"
 
 
 def _misfits(moves: Mapping[Path, Move]) -> Iterator[str]:
@@ -279,12 +278,8 @@ def _exchanged_buffers(found: Mapping[Name, Accumulators], new: Contents, moves:
 
 def _is_half_filled(contents: Contents) -> bool:
     """Whether gradients of half an update are accumulated, as far as that may be seen."""
-    steps = [
-        contents.arrays[path]
-        for path, key in contents.keys.items()
-        if (key.kind, key.field) == (optax.MultiStepsState, "mini_step")
-    ]
-    return not all(_equal(x, np.zeros(np.shape(x))) for x in steps)
+    is_step = lambda key: (key.kind, key.field) == (optax.MultiStepsState, "mini_step")  # noqa: E731
+    return not all(_equal(x, 0 * x) for path, x in contents.arrays.items() if is_step(contents.keys[path]))
 
 
 def _is_average(key: Key, x: Any) -> bool:
@@ -299,10 +294,6 @@ def _equal(x: Any, y: Any) -> bool:
     return isinstance(x, Tracer) or isinstance(y, Tracer) or np.array_equal(x, y)
 
 
-def _listed(names: Iterable[Name]) -> str:
-    return listed(_states.shown(name) or "its one array" for name in names)
-
-
 def _below(name: Name, prefixes: Iterable[Name]) -> bool:
     return any(name[: len(prefix)] == prefix for prefix in prefixes)
 
@@ -313,12 +304,10 @@ def _below(name: Name, prefixes: Iterable[Name]) -> bool:
 def _moved(move: Move, number: Any) -> Any:
     """The new array, in a buffer of its own, with the dtype and the sharding of the old one."""
     x = move.array
-    if not move.sources:
-        return _placement.place_like(x, x) if hasattr(x, "dtype") else x
-    (value,) = move.sources
-    if move.slot:
-        value = _storage.recode(value, x.dtype, number, f"carry_over.{move.slot}")
+    (value,) = move.sources or [x]
     if not hasattr(x, "dtype"):
         return value
+    if move.slot:
+        value = _storage.recode(value, x.dtype, number, f"carry_over.{move.slot}")
     alike = getattr(value, "dtype", None) == x.dtype
     return _placement.place_like(value if alike else jnp.asarray(value, x.dtype), x)

@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from . import _checks, _states, _storage, _trees
 from ._rmsprop import _abs_sq
-from ._states import Accumulators, Name
+from ._states import Accumulators, Name, shown_names
 from ._text import listed, repeated
 
 
@@ -93,12 +93,13 @@ def metrics(
         ...         grads = jax.tree.map(lambda p: scale * p, params)
         ...         updates, state = tx.update(grads, state, params)
         ...         params = optax.apply_updates(params, updates)
-        ...     for name, number in metrics(state, updates, params, **options).items():
-        ...         print(f"{name:15} {number:.2g}")
+        ...     return {name: f"{x:.2g}" for name, x in metrics(state, updates, params, **options).items()}
 
         A healthy run: ε is far below ν, and steps are as long as the learning rate.
 
-        >>> train(optax.inject_hyperparams(rmsprop)(learning_rate=1e-3), scale=1.0, eps=1e-8)
+        >>> numbers = train(optax.inject_hyperparams(rmsprop)(learning_rate=1e-3), scale=1.0, eps=1e-8)
+        >>> for name, number in numbers.items():
+        ...     print(f"{name:15} {number}")
         count           1e+02
         learning_rate   0.001
         eps_share       5.9e-09
@@ -112,30 +113,15 @@ def metrics(
 
         ε is too large for these gradients, and steps are 60 times too short:
 
-        >>> train(rmsprop(1e-3, eps=1e-8), scale=1e-6, eps=1e-8)
-        count           1e+02
-        eps_share       1
-        grad_rms        1.5e-06
-        nu_max          4e-12
-        nu_min          1e-12
-        param_rms       1.5
-        update_max      2e-05
-        update_rms      1.5e-05
-        update_to_param 1e-05
+        >>> numbers = train(rmsprop(1e-3, eps=1e-8), scale=1e-6, eps=1e-8)
+        >>> numbers["eps_share"], numbers["update_rms"]
+        ('1', '1.5e-05')
 
         These gradients are too large for one byte. All codes are the largest:
 
-        >>> train(rmsprop(1e-3, state_dtype=jnp.uint8), scale=1e8)
-        count           1e+02
-        at_ceiling      1
-        at_floor        0
-        grad_rms        4.5e+05
-        nu_max          2.1e+11
-        nu_min          2.1e+11
-        param_rms       1.4
-        update_max      0.001
-        update_rms      0.001
-        update_to_param 0.0007
+        >>> numbers = train(rmsprop(1e-3, state_dtype=jnp.uint8), scale=1e8)
+        >>> numbers["at_ceiling"], numbers["nu_max"]
+        ('1', '2.1e+11')
     """
     eps_in_sqrt, per_leaf = _checks.flag("eps_in_sqrt", eps_in_sqrt), _checks.flag("per_leaf", per_leaf)
     if eps is None and not eps_in_sqrt:
@@ -149,7 +135,7 @@ def metrics(
     partners = ("state", shapes) if changes is None else ("updates", {name: np.shape(x) for name, x in changes.items()})
     values = None if params is None else _params_for(params, *partners)
 
-    of_all, of_leaves = _numbers(*map(_not_empty, (found, changes, values)), eps, eps_in_sqrt=eps_in_sqrt)
+    of_all, of_leaves = _numbers(found, changes, values, eps, eps_in_sqrt=eps_in_sqrt)
     count = _count(contents)
     numbers = {"count": jnp.asarray(count, jnp.float32), **_learning_rates(contents, learning_rate, count), **of_all}
     if not per_leaf:
@@ -166,7 +152,7 @@ def metrics(
 # At module level, with eps as an argument: outside jit one program serves all runs with these shapes.
 @functools.partial(jax.jit, static_argnames="eps_in_sqrt")
 def _numbers(
-    accumulators: Mapping[Name, Accumulators] | None,
+    accumulators: Mapping[Name, Accumulators],
     updates: Mapping[Name, Any] | None,
     params: Mapping[Name, Any] | None,
     eps: Any,
@@ -176,19 +162,20 @@ def _numbers(
     of_leaves: dict[Name, dict[str, jax.Array]] = collections.defaultdict(dict)
     found: dict[str, list[tuple[int, jax.Array]]] = collections.defaultdict(list)  # sizes of leaves, and their numbers
     of_state = functools.partial(_of_state, eps=eps, eps_in_sqrt=eps_in_sqrt)
-    for column, of_array in ((accumulators, of_state), (updates, _of_update), (params, _of_param)):
-        for name, x in (column or {}).items():
+    nan = jnp.float32(jnp.nan)
+    for column, of_array, nothing in (
+        (accumulators, of_state, Accumulators(nan)),
+        (updates, _of_update, nan),
+        (params, _of_param, nan),
+    ):
+        if column is None:
+            continue
+        for name, x in ({name: x for name, x in column.items() if _size(x)} or {(): nothing}).items():
             numbers = of_array(x)
             of_leaves[name] |= numbers
             for key, number in numbers.items():
                 found[key].append((_size(x), number))
-    expected = ["grad_rms", "nu_min", "nu_max", *(["eps_share"] if eps is not None else [])]
-    expected += ["update_rms", "update_max"] if updates is not None else []
-    expected += ["param_rms"] if params is not None else []
-    of_all: dict[str, jax.Array] = dict.fromkeys(expected, jnp.asarray(jnp.nan, jnp.float32))
-    for key, leaves in found.items():
-        sizes, numbers = zip(*leaves, strict=True)
-        of_all[key] = _of_all(key, sizes, numbers)
+    of_all = {key: _of_all(key, *zip(*leaves, strict=True)) for key, leaves in found.items()}
     return _finished(of_all), {name: _finished(numbers) for name, numbers in of_leaves.items()}
 
 
@@ -315,20 +302,19 @@ Shapes = Mapping[Name, tuple[int, ...]]
 def _updates_for(updates: Any, shapes: Shapes, masked: Collection[Name]) -> dict[Name, Any]:
     """The updates of parameters that have a state."""
     leaves = _leaves(updates)
-    pairs = _pairs(leaves, shapes)
-    left = leaves.keys() - {name for name, _ in pairs}
+    found = _fitting("update", leaves, "state", shapes)
+    left = leaves.keys() - found.keys()
     if strange := [name for name in left if not _start(name, masked) and _trains("update", name, leaves[name])]:
-        raise ValueError(f"updates has {_listed(strange)}, and state nothing for it: both must be like the parameters")
-    return _fitting("update", leaves, "state", shapes, pairs)
+        raise ValueError(f"state has nothing for {shown_names(strange)} of updates: both must be like the parameters")
+    return found
 
 
 def _params_for(params: Any, other: str, shapes: Shapes) -> dict[Name, Any]:
     """The parameters that have an update or, if no updates are given, a state."""
     leaves = _leaves(params)
-    pairs = _pairs(leaves, shapes)
-    if lacking := shapes.keys() - {partner for _, partner in pairs}:
-        raise ValueError(f"params has nothing for {_listed(lacking)}: it must have all parameters that are updated")
-    return _fitting("parameter", leaves, other, shapes, pairs)
+    if lacking := shapes.keys() - {partner for _, partner in _pairs(leaves, shapes)}:
+        raise ValueError(f"params has nothing for {shown_names(lacking)}: it must have all parameters that are updated")
+    return _fitting("parameter", leaves, other, shapes)
 
 
 def _leaves(tree: Any) -> dict[Name, Any]:
@@ -351,15 +337,14 @@ def _start(name: Name, others: Collection[Name]) -> list[Name]:
     return [name[:n] for n in range(len(name) + 1) if name[:n] in others]
 
 
-def _fitting(
-    kind: str, leaves: Mapping[Name, Any], other: str, shapes: Shapes, pairs: Iterable[tuple[Name, Name]]
-) -> dict[Name, Any]:
-    """The leaves that have a partner, which must have their shape, and that train."""
-    found = {name: leaves[name] for name, _ in pairs if _trains(kind, name, leaves[name])}
+def _fitting(kind: str, leaves: Mapping[Name, Any], other: str, shapes: Shapes) -> dict[Name, Any]:
+    """The leaves that train and have a partner, which must have their shape."""
+    pairs = [(name, partner) for name, partner in _pairs(leaves, shapes) if _trains(kind, name, leaves[name])]
+    found = {name: leaves[name] for name, _ in pairs}
     vector = (sum(map(_size, found.values())),)
     for name, partner in pairs:
         shape, wanted = np.shape(leaves[name]), shapes[partner]
-        if name in found and shape != wanted and (partner, wanted) != ((), vector):
+        if shape != wanted and (partner, wanted) != ((), vector):
             raise ValueError(
                 f"{kind}{_states.shown(name)} has shape {shape}, and {other} has {wanted} for it: they must be equal"
             )
@@ -368,14 +353,6 @@ def _fitting(
 
 def _trains(kind: str, name: Name, x: Any) -> bool:
     return jnp.issubdtype(_trees.checked_dtype(f"{kind}{_states.shown(name)}", (), x), jnp.inexact)
-
-
-def _listed(names: Iterable[Name]) -> str:
-    return listed(sorted("/".join(name) for name in names))
-
-
-def _not_empty(column: Mapping[Name, Any] | None) -> dict[Name, Any] | None:
-    return None if column is None else {name: x for name, x in column.items() if _size(x)}
 
 
 def _size(x: Any) -> int:

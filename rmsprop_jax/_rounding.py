@@ -1,6 +1,6 @@
 """bfloat16 parameters that keep learning."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from jax.tree_util import keystr
 
 from . import _bits, _checks, _equality, _placement, _pytree, _states, _storage, _trees
 from ._rmsprop import RMSPropState
+from ._states import Name
 from ._text import listed
 
 
@@ -149,7 +150,14 @@ def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
         ['0.999', '0.999', '0.999']
     """
     remainders = _remainders(params, state)
-    return _states.map_arrays(lambda name, p: _in_float32(p, remainders.get(name)), params)
+
+    def joined(name: Name, p: Any) -> Any:
+        if _is_bfloat16(p) and (name := _unboxed(name, remainders)) in remainders:
+            return _bits.join(p, remainders[name])
+        inexact = hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.inexact)
+        return jnp.asarray(p, _storage.compute_dtype(p.dtype)) if inexact else p
+
+    return _states.map_arrays(joined, params)
 
 
 def params_in_bfloat16(params: optax.Params, state: Any) -> tuple[optax.Params, Any]:
@@ -188,7 +196,8 @@ def params_in_bfloat16(params: optax.Params, state: Any) -> tuple[optax.Params, 
             "parameters with round_params_stochastically(keep_rest=True). To lose them, cast with astype(jnp.bfloat16)"
         )
 
-    def split(name: _states.Name, p: Any) -> Any:
+    def split(name: Name, p: Any) -> Any:
+        name = _unboxed(name, remainders)
         if name not in remainders or _is_bfloat16(p):
             return p
         if not _is_float(p):
@@ -212,13 +221,10 @@ def _update(
     step = jnp.asarray(optax.safe_increment(state.step))
     seed = _bits.seeds(step, "params")
     flat = leaves, treedef = _trees.flatten(updates)
-    params_column = _trees.column(flat, params, "params", "update")
     new: list[Any] = [u for _, u in leaves]
     has_rest = state.rest is not None
-    rests: list[Any] = [None] * len(new)
-    if has_rest:
-        rests = _trees.column(flat, state.rest, "state.rest", "update")
-    for i, ((path, u), p) in enumerate(zip(leaves, params_column, strict=True)):
+    rests: list[Any] = _trees.column(flat, state.rest, "state.rest", "update") if has_rest else [None] * len(new)
+    for i, ((path, u), p) in enumerate(zip(leaves, _trees.column(flat, params, "params", "update"), strict=True)):
         if u is None:
             continue
         if has_rest and (p is None) != (rests[i] is None):
@@ -278,7 +284,7 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
 # --- Parameters with their remainders ---------------------------------------------------------------------
 
 
-def _remainders(params: Any, state: Any) -> dict[_states.Name, jax.Array]:
+def _remainders(params: Any, state: Any) -> dict[Name, jax.Array]:
     """The remainders in a state, by the names of their parameters."""
     if states := _states.find(params, lambda x: isinstance(x, (RoundParamsState, RMSPropState))):
         found = next(iter(states.values()))
@@ -289,8 +295,8 @@ def _remainders(params: Any, state: Any) -> dict[_states.Name, jax.Array]:
     nodes = _states.find(state, _is_rounding).values()
     found = [item for node in nodes for item in _states.arrays_of(node.rest).items()]
     remainders = {name: rest for name, rest in found if not _states.is_masked(rest)}
-    shapes: dict[_states.Name, Any] = {}
-    _states.map_arrays(lambda name, p: shapes.update({name: getattr(p, "shape", None)}), params)
+    arrays = _states.arrays_of(params).items()
+    shapes = {_unboxed(name, remainders): getattr(p, "shape", None) for name, p in arrays}
     if wrong := [f"params{_states.shown(name)}" for name, rest in remainders.items() if shapes.get(name) != rest.shape]:
         raise ValueError(
             f"state has a remainder for {listed(wrong)}, and there is no array of its shape: give the parameters that "
@@ -299,28 +305,13 @@ def _remainders(params: Any, state: Any) -> dict[_states.Name, jax.Array]:
     return remainders
 
 
+def _unboxed(name: Name, names: Collection[Name]) -> Name:
+    """One of `names`, also in NNX's box as Orbax restores it without a target: {"value": array}."""
+    return name[:-1] if name not in names and name[-1:] == ("value",) else name
+
+
 def _is_rounding(x: Any) -> bool:
     return isinstance(x, RoundParamsState)
-
-
-def _in_float32(p: Any, rest: jax.Array | None) -> Any:
-    if rest is not None and _is_bfloat16(p):
-        return _join(p, rest)
-    if not (hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.inexact)):
-        return p
-    return jnp.asarray(p, _storage.compute_dtype(p.dtype))
-
-
-@jax.custom_jvp
-def _join(p: jax.Array, rest: jax.Array) -> jax.Array:
-    return _bits.join(p, rest)
-
-
-@_join.defjvp
-def _derivative_of_a_cast(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
-) -> tuple[jax.Array, jax.Array]:
-    return _join(*primals), tangents[0].astype(jnp.float32)
 
 
 @jax.jit

@@ -40,6 +40,7 @@ __all__ = [
     "second_moment",
     "shared_keys",
     "shown",
+    "shown_names",
     "slots_of",
     "variance",
 ]
@@ -145,13 +146,11 @@ def contents_of(state: Any, argument: str = "state", whole: bool = True) -> Cont
     contents = Contents(states, {}, {}, set())
     of_params = {kind for x in states.values() for _, _, records in _walk(nu_of(x), is_masked) for _, kind in records}
     for path, x, records in _walk(state, is_node):
-        side = _side(path, states)
+        key = _key(path, [record for record in records if record[1] not in of_params], states)
         if _is_record(x):
-            contents.records.add((type(x), side))
+            contents.records.add((type(x), key.side))
         elif path not in states:
-            outside = [(depth, kind) for depth, kind in records if kind not in of_params]
-            contents.arrays[path] = _unboxed(x)
-            contents.keys[path] = Key(*_owner(path, outside, states), side)
+            contents.arrays[path], contents.keys[path] = _unboxed(x), key
     if not states:
         raise ValueError(_without_rmsprop(state, argument, contents))
     return contents
@@ -179,9 +178,9 @@ def slots_of(node: Any) -> Iterator[tuple[Path, str, Name, Any]]:
         yield path, path[above].name, name_of(path[above + 1 :]), _unboxed(x)
 
 
-def names_of(node: Any) -> set[Name]:
+def names_of(node: Any) -> list[Name]:
     """The parameters that have accumulators in a state of RMSProp."""
-    return {name for name, x in arrays_of(nu_of(node)).items() if not is_masked(x)}
+    return [name for name, x in arrays_of(nu_of(node)).items() if not is_masked(x)]
 
 
 def nu_of(node: Any) -> Any:
@@ -213,20 +212,18 @@ def _is_triple(x: Any, first: tuple[type, ...], last: tuple[type, ...]) -> bool:
 
 
 def _accumulators(node: Any) -> dict[Name, Accumulators]:
-    columns: dict[str, dict[Name, Any]] = {slot: {} for slot in RMSPropState._fields}
+    found: dict[Name, dict[str, Any]] = {name: {} for name in names_of(node)}
     for _, slot, name, x in slots_of(node):
-        columns[slot][name] = x
-    found = {
-        name: Accumulators(*(columns[slot].get(name) for slot in Accumulators._fields))
-        for name, x in columns["nu"].items()
-        if not is_masked(x)
-    }
-    return found if isinstance(node, RMSPropState) else {name: _from_optax(x) for name, x in found.items()}
+        if name in found and slot in Accumulators._fields:
+            found[name][slot] = x
+    return {name: _in_our_terms(node, **slots) for name, slots in found.items()}
 
 
-def _from_optax(theirs: Accumulators) -> Accumulators:
-    wide: list[Any] = [None if x is None else jnp.asarray(x, _storage.compute_dtype(x.dtype)) for x in theirs]
-    nu, mu, trace = wide[0].real, *wide[1:]  # there, nu is complex for a complex parameter, and its imaginary part zero
+def _in_our_terms(node: Any, nu: Any, mu: Any = None, trace: Any = None) -> Accumulators:
+    if isinstance(node, RMSPropState):
+        return Accumulators(nu, mu, trace)
+    nu, mu, trace = (x if x is None else jnp.asarray(x, _storage.compute_dtype(x.dtype)) for x in (nu, mu, trace))
+    nu = nu.real  # of a complex parameter it is complex in Optax, and its imaginary part zero
     return Accumulators(nu if mu is None else variance(nu, mu), mu, None if trace is None else -trace)
 
 
@@ -260,6 +257,11 @@ def shown(name: Name) -> str:
     return keystr(tuple(map(DictKey, name)))
 
 
+def shown_names(names: Iterable[Name]) -> str:
+    """Names in an error."""
+    return listed(shown(name) or "its one array" for name in sorted(names))
+
+
 def arrays_of(tree: Any) -> dict[Name, Any]:
     """The arrays of a tree like the parameters, by name. A masked subtree is one of them."""
     return {name_of(path): _unboxed(x) for path, x in tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]}
@@ -267,11 +269,9 @@ def arrays_of(tree: Any) -> dict[Name, Any]:
 
 def map_arrays(function: Callable[[Name, Any], Any], tree: Any) -> Any:
     """A tree like the parameters with `function(name, array)` for each array. Boxes and masks stay."""
-    boxed = _has_dict_boxes(tree)
 
     def new(path: Path, x: Any) -> Any:
-        name = name_of(path[:-1] if boxed else path)
-        return x if is_masked(x) else jax.tree.map(lambda array: function(name, array), x)
+        return x if is_masked(x) else jax.tree.map(lambda array: function(name_of(path), array), x)
 
     return tree_map_with_path(new, tree, is_leaf=_is_leaf)
 
@@ -316,15 +316,10 @@ def _unboxed(x: Any) -> Any:
 
 def _without_dict_boxes(state: Any) -> Any:
     """The state without {"value": array} around each array, as Orbax restores NNX's boxes without a target."""
-    if not _has_dict_boxes(state):
-        return state
+    if any(path[-1:] != (DictKey("value"),) for path, _ in tree_flatten_with_path(state)[0]):
+        return state  # a "value" is a parameter that somebody calls so
     is_box = lambda x: isinstance(x, Mapping) and x.keys() == {"value"} and jax.tree_util.all_leaves(x.values())  # noqa: E731
     return jax.tree.map(lambda x: x["value"] if is_box(x) else x, state, is_leaf=is_box)
-
-
-def _has_dict_boxes(tree: Any) -> bool:
-    """Whether every array is in a box. Elsewhere a "value" is a parameter that somebody calls so."""
-    return all(path[-1:] == (DictKey("value"),) for path, _ in tree_flatten_with_path(tree)[0])
 
 
 # --- Wrappers ---------------------------------------------------------------------------------------------
@@ -354,20 +349,15 @@ def _is_record(x: Any) -> bool:
     return (named or dataclasses.is_dataclass(x)) and not _is_box(x)
 
 
-def _owner(path: Path, records: Sequence[tuple[int, type]], states: Iterable[Path]) -> tuple[type | None, str, Name]:
-    """The innermost record around an array, its field, and the name from there."""
-    shared = max((shared_keys(path, state) for state in states), default=0)
-    depth, kind = max(records, default=(-1, None), key=lambda record: record[0])
-    if kind is None or depth < shared:  # a state without a record, as in a chain of plain dicts
-        return None, "", name_of(path[shared + 1 :])
-    return kind, path[depth].name, name_of(path[depth + 1 :])
-
-
-def _side(path: Path, states: Iterable[Path]) -> frozenset[str]:
-    """Where something lies, seen from the nearest states of RMSProp."""
+def _key(path: Path, records: Sequence[tuple[int, type]], states: Iterable[Path]) -> Key:
+    """The innermost record around something, and the side on which it lies of the nearest states of RMSProp."""
     shared = {state: shared_keys(path, state) for state in states}
     nearest = max(shared.values(), default=0)
-    return frozenset(_direction(path[n : n + 1], state[n:]) for state, n in shared.items() if n == nearest)
+    side = frozenset(_direction(path[n : n + 1], state[n:]) for state, n in shared.items() if n == nearest)
+    depth, kind = records[-1] if records else (-1, None)
+    if depth < nearest:  # a state without a record, as in a chain of plain dicts
+        return Key(None, "", name_of(path[nearest + 1 :]), side)
+    return Key(kind, path[depth].name, name_of(path[depth + 1 :]), side)
 
 
 def _direction(mine: Path, theirs: Path) -> str:
