@@ -123,7 +123,13 @@ def largest(tree, other):
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), tree, other)))
 
 
-PAIRS = [(a, b) for a in EVERY_TX for b in EVERY_TX if "ours" in (a[0], b[0])]
+# A third of all pairs, in which each wrapper is on both sides, with six or three others.
+PAIRS = [
+    (a, b)
+    for i, a in enumerate(EVERY_TX)
+    for j, b in enumerate(EVERY_TX)
+    if "ours" in (a[0], b[0]) and (i + j) % 3 == 0
+]
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda key: ", ".join(key))
@@ -265,6 +271,8 @@ def test_half_an_accumulation_that_has_no_place():
         ):
             carried(accumulating(make(0.1)), rmsprop(0.1), steps=4)
         carried(accumulating(make(0.1)), rmsprop(0.1), steps=3)  # between two updates nothing is lost
+    half, into = trained(accumulating(rmsprop(0.1)), steps=4), rmsprop(0.1).init(PARAMS)
+    assert jax.jit(carry_over)(half, into).count == 1  # traced, it cannot be seen
     beside = optax.chain(rmsprop(0.1), accumulating(optax.identity()))  # not around RMSProp
     with pytest.raises(ValueError, match=r"\.acc_grads.*, gradients of half an update"):
         carried(accumulating(rmsprop(0.1)), beside, steps=4)
@@ -575,12 +583,10 @@ def test_flax_s_train_state_and_nnx_s_optimizer_go_on():
 
 
 def test_half_an_accumulation_leaves_nnx():
-    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    tx = accumulating(rmsprop(0.1))
+    model, tx = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), accumulating(rmsprop(0.1))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    ones = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
     for _ in range(4):
-        optimizer.update(model, ones)
+        optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
     plain = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
     chex.assert_trees_all_close(carry_over(optimizer.opt_state, tx.init(plain)), trained(tx, plain, 4), rtol=1e-6)
 
@@ -588,13 +594,7 @@ def test_half_an_accumulation_leaves_nnx():
 def test_a_checkpoint_of_a_framework_goes_into_nnx():
     layers = nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 2, rngs=nnx.Rngs(1))])
     optimizer = nnx.Optimizer(layers, rmsprop(0.1, momentum=0.9), wrt=nnx.Param)
-    arrays = {f"{i}.{name}.v": np.full(shape, i + 1.0) for i in (0, 1) for name, shape in (("w", (3, 2)), ("b", (3,)))}
-    arrays = {
-        name: x if name.startswith("0") else np.full(x.shape[::-1] if x.ndim > 1 else 2, 2.0)
-        for name, x in arrays.items()
-    }
-    kept = {name.removesuffix(".v"): x for name, x in arrays.items()}
-    nu = [{"kernel": kept[f"{i}.w"].T, "bias": kept[f"{i}.b"]} for i in (0, 1)]
+    nu = [{"kernel": np.full((2, 3), 1.0), "bias": np.ones(3)}, {"kernel": np.full((3, 2), 2.0), "bias": np.ones(2)}]
     optimizer.opt_state = carry_over(RMSPropState(np.int32(7), nu), optimizer.opt_state)
     for i in (0, 1):
         (kernel,) = jax.tree.leaves(optimizer.opt_state.nu[i]["kernel"])
@@ -686,11 +686,7 @@ def test_a_buffer_is_not_exchanged_for_another_one():
 
 CHAINS = {
     "rate before the trace": lambda rms: (rms(0.9), optax.scale(-0.1), optax.trace(0.9)),
-    "schedule before the trace": lambda rms: (
-        rms(0.9),
-        optax.scale_by_learning_rate(optax.linear_schedule(0.1, 0.0, 9)),
-        optax.trace(0.9),
-    ),
+    "schedule before the trace": lambda rms: (rms(0.9), optax.scale_by_schedule(schedule), optax.trace(0.9)),
     "no trace": lambda rms: (rms(0.9), optax.scale(-0.1), optax.identity()),
 }
 
@@ -815,11 +811,8 @@ def test_all_parameters_as_one_vector(options):
     assert wide.nu.shape == wide.mu.shape == wide.trace.shape == (13,)
     with pytest.raises(ValueError, match="do not fit"):
         carry_over(state, flat.init({**PARAMS, "head": jnp.ones(5)}))
-
-
-def test_optax_s_state_of_one_vector():
-    theirs, ours = optax.flatten(optax.rmsprop(0.1, momentum=0.9)), rmsprop(0.1, momentum=0.9)
-    state, there = carried(theirs, ours)
+    theirs = optax.flatten(optax.rmsprop(0.1, momentum=0.9))
+    state, there = carried(theirs, rmsprop(0.1, momentum=0.9))
     chex.assert_trees_all_equal(carry_over(there, theirs.init(PARAMS)), state)
 
 
@@ -897,11 +890,6 @@ def test_inside_jit_the_numbers_are_the_same(old, new):
         assert_own_buffers(result, state, into)
 
 
-def test_half_an_update_cannot_be_seen_inside_jit():
-    half, into = trained(accumulating(rmsprop(0.1)), steps=4), rmsprop(0.1).init(PARAMS)
-    assert jax.jit(carry_over)(half, into).count == 1
-
-
 def make(rms=rmsprop, **options):
     """Wrappers in which one number stands in several places."""
     tx = rms(lambda count: 0.1, momentum=0.9, **options)
@@ -917,14 +905,18 @@ def make(rms=rmsprop, **options):
     }
 
 
-@pytest.mark.parametrize("new", make())
-def test_what_is_carried_over_can_be_donated(new):
-    for from_, to in ((rmsprop, rmsprop), (optax.rmsprop, rmsprop), (rmsprop, optax.rmsprop)):
+@pytest.mark.parametrize(("place", "new"), [*enumerate(make())])
+def test_what_is_carried_over_can_be_donated(place, new):
+    for turn, (from_, to) in enumerate(((rmsprop, rmsprop), (optax.rmsprop, rmsprop), (rmsprop, optax.rmsprop))):
         tx = make(to)[new]
         donating = jax.jit(tx.update, donate_argnums=1)
-        for old, source in make(from_).items():
-            if ("average" in old + new and old != new) or ("all at once" in (old, new) and old != new):
-                continue  # an average has no place elsewhere
+        for i, (old, source) in enumerate(make(from_).items()):
+            others = "averages" not in old + new and "all at once" not in (
+                old,
+                new,
+            )  # an average has no place elsewhere
+            if old != new and not (others and (i + place + turn) % 3 == 0):
+                continue
             state, into = trained(source, steps=2), tx.init(PARAMS)
             result = carry_over(state, into)
             assert_own_buffers(result, PARAMS, state, into)
@@ -981,6 +973,8 @@ def test_another_layer_in_the_place_of_one(wrap):
     assert (bare.trace["head"]["bias"] == 0).all()
     assert bare.count == 3
     tx.update(NEW_PARAMS, state, NEW_PARAMS)
+    with pytest.raises(ValueError, match=r"head"):  # a masked place has to be filled
+        dialects.timm(0.1, momentum=0.9).update(NEW_PARAMS, read, NEW_PARAMS)
 
 
 def forgets(arrays):
@@ -1029,12 +1023,6 @@ def test_a_layer_that_is_new():
     assert state.count == 100
 
 
-def test_a_masked_place_has_to_be_filled():
-    read = interop.from_timm(TORCH, ["body.weight", "head.weight"], replace_head)
-    with pytest.raises(ValueError, match=r"head"):
-        jax.block_until_ready(dialects.timm(0.1, momentum=0.9).update(NEW_PARAMS, read, NEW_PARAMS))
-
-
 # --- Checkpoints of Orbax, and of earlier versions ----------------------------------------------------------------
 
 
@@ -1080,15 +1068,8 @@ def test_a_run_restored_with_a_target_continues_bit_for_bit(tmp_path, options):
     kept = restored(tmp_path, jax.eval_shape(lambda: {"params": start(), "state": tx.init(start())}))
     chex.assert_trees_all_equal(kept["state"], state)
     chex.assert_trees_all_equal(run(tx, kept["params"], kept["state"], 10, 20), run(tx, params, state, 10, 20))
-
-
-@pytest.mark.slow
-@EVERY
-def test_a_state_is_restored_without_a_target(tmp_path, options):
-    tx = rmsprop(0.1, **options)
-    _, state = run(tx, start(), tx.init(start()), 0, 3)
-    saved(tmp_path, state)
-    chex.assert_trees_all_equal(RMSPropState(**restored(tmp_path)), state)
+    # Without a target the types are lost.
+    chex.assert_trees_all_equal(RMSPropState(**restored(tmp_path)["state"][1]), state[1])
 
 
 @pytest.mark.slow
@@ -1115,26 +1096,26 @@ def test_a_state_is_restored_onto_another_mesh(tmp_path, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("new", STATES.values(), ids=STATES)
-@pytest.mark.parametrize("old", STATES.values(), ids=STATES)
-def test_a_restored_state_is_carried_over_to_other_options(tmp_path, old, new):
+@EVERY
+def test_a_restored_state_is_carried_over_to_other_options(tmp_path, options):
     """As README says: restored as it was saved, then carried over."""
-    make = lambda tx: optax.chain(optax.clip(10.0), tx)  # noqa: E731
-    before, after = make(rmsprop(1e-3, **old)), make(rmsprop(1e-3, **new))
+    make = lambda options: optax.chain(optax.clip(10.0), rmsprop(1e-3, **options))  # noqa: E731
+    before = make(options)
     params, state = run(before, start(), before.init(start()), 0, 30)
     saved(tmp_path, state)
     kept = restored(tmp_path, jax.eval_shape(before.init, params))
-    carried = carry_over(kept, after.init(params))
-    assert types(carried) == types(after.init(params))
-    if old == new:
-        chex.assert_trees_all_equal(carried, state)
-    # Both states have E[g²] in common. It is carried over to within one rounding of its new dtype.
-    plain = make(rmsprop(1e-3)).init(params)
-    second, expected = (optax.tree.get(carry_over(s, plain), "nu") for s in (carried, kept))
-    for k in params:
-        np.testing.assert_allclose(second[k], expected[k], rtol=ROUNDING.get(new.get("state_dtype"), 1e-5))
-    later, _ = run(after, params, carried, 30, 60)
-    assert (abs(later["bias"] - 1) < abs(params["bias"] - 1)).all()
+    for new in STATES.values():
+        after = make(new)
+        carried = carry_over(kept, after.init(params))
+        assert types(carried) == types(after.init(params))
+        if options == new:
+            chex.assert_trees_all_equal(carried, state)
+        # Both states have E[g²] in common. It is carried over to within one rounding of its new dtype.
+        second, expected = (optax.tree.get(carry_over(s, make({}).init(params)), "nu") for s in (carried, kept))
+        for k in params:
+            np.testing.assert_allclose(second[k], expected[k], rtol=ROUNDING.get(new.get("state_dtype"), 1e-5))
+        later, _ = run(after, params, carried, 30, 60)
+        assert (abs(later["bias"] - 1) < abs(params["bias"] - 1)).all()
 
 
 @pytest.mark.slow
