@@ -81,8 +81,7 @@ READERS = {
         ],
     ),
     "tensorflow1": Reader(
-        interop.from_tensorflow1,
-        lambda nu, trace, count: {"w/RMSProp": nu, "w/RMSProp_1": trace, "global_step": count},
+        interop.from_tensorflow1, lambda nu, trace, count: {"w/RMSProp": nu, "w/RMSProp_1": trace, "global_step": count}
     ),
     "tensorflow2": Reader(
         interop.from_tensorflow2,
@@ -102,8 +101,7 @@ READERS = {
         },
     ),
     "mindspore": Reader(
-        interop.from_mindspore,
-        lambda nu, trace, count: {"mean_square.w": nu, "moment.w": trace, "global_step": count},
+        interop.from_mindspore, lambda nu, trace, count: {"mean_square.w": nu, "moment.w": trace, "global_step": count}
     ),
     "mlx": Reader(interop.from_mlx, lambda nu, trace, count: {"w.v": nu, "step": count}),
 }

@@ -53,7 +53,7 @@ def test_blocks_are_decoded_as_bitsandbytes_decodes_them():
     assert state.trace is None
 
 
-def quantized(n, length, scales="absmax1", hidden=False):
+def quantized(n, length, scales, hidden):
     """An entry of 8-bit codes, and ν."""
     rng = np.random.default_rng(n)
     table, codes = np.sort(rng.random(256)).astype(np.float32), rng.integers(0, 256, n).astype(np.uint8)
@@ -63,22 +63,14 @@ def quantized(n, length, scales="absmax1", hidden=False):
     return {"step": 7, **({HIDDEN: arrays} if hidden else arrays)}, nu
 
 
-@pytest.mark.parametrize(
-    ("n", "length", "scales"),
-    [
-        (5000, 2048, "absmax1"),
-        (5000, 256, "absmax1"),
-        (2048, 256, "absmax1"),
-        (4096, 2048, "absmax1"),
-        (300, 2048, "absmax1"),
-        (1, 256, "absmax1"),
-        (0, 256, "absmax1"),
-        (5000, 10**6, "max1"),
-    ],
-)
+# The oldest versions have one scale for the whole tensor, which they call max1.
+LENGTHS = [(5000, 2048), (5000, 256), (2048, 256), (4096, 2048), (300, 2048), (1, 256), (0, 256), (5000, 10**6)]
+
+
+@pytest.mark.parametrize(("n", "length"), LENGTHS)
 @pytest.mark.parametrize("hidden", [False, True])
-def test_blocks_of_every_length(n, length, scales, hidden):
-    entry, nu = quantized(n, length, scales, hidden)
+def test_blocks_of_every_length(n, length, hidden):
+    entry, nu = quantized(n, length, "max1" if length == 10**6 else "absmax1", hidden)
     checkpoint = {"state": {0: entry}, "param_groups": [{"betas": [0.99, 0], "eps": 1e-8, "params": [0]}]}
     state = interop.from_bitsandbytes(checkpoint, ["w"])
     np.testing.assert_array_equal(state.nu["w"], nu)
@@ -88,11 +80,7 @@ def test_blocks_of_every_length(n, length, scales, hidden):
 @pytest.mark.parametrize(
     ("lost", "changed", "message"),
     [
-        (
-            "absmax1",
-            {"absmax1": np.ones(5)},
-            "table.weight has 4160 codes, 5 scales and a table of 256: they do not fit",
-        ),
+        ("absmax1", {"absmax1": np.ones(5)}, "weight has 4160 codes, 5 scales and a table of 256: they do not fit"),
         ("qmap1", {}, "table.weight is in 8 bits and lacks qmap1 or absmax1"),
         ("absmax1", {}, "table.weight is in 8 bits and lacks qmap1 or absmax1"),
     ],
@@ -120,6 +108,14 @@ FOREIGN = others("bitsandbytes-32bit")
 def test_other_optimizers_of_bitsandbytes_are_named(kind, forms):
     with pytest.raises(ValueError, match=f"not the checkpoint of .*RMSprop, but of .*{kind.removesuffix('32bit')}"):
         interop.from_bitsandbytes(forms["state_dict"], NAMES[:3])
+
+
+def test_a_second_slot_is_another_optimizer_s_in_8_bits_too():
+    checkpoint = state_dict()
+    hidden = checkpoint["state"][3][HIDDEN]
+    hidden |= {"state2": hidden["state1"], "qmap2": hidden["qmap1"], "absmax2": hidden["absmax1"]}
+    with pytest.raises(ValueError, match="but of Adam or one of its kin: it has state2 of table.weight"):
+        interop.from_bitsandbytes(checkpoint, NAMES)
 
 
 def test_adagrad_has_a_decay_of_zero():

@@ -71,15 +71,17 @@ def test_a_number_of_gradients_that_keras_refuses(steps):
 
 
 @pytest.mark.parametrize(
-    "weight", ["my_velocity", "my_momentum", "momentum", "velocity", "rms", "mg", "kernel_average_gradient"]
+    "weight",
+    [f"d/{x}" for x in ("my_velocity", "my_momentum", "momentum", "velocity", "rms", "mg", "kernel_average_gradient")]
+    + [f"{x}/kernel" for x in ("velocity", "momentum", "rms", "iteration_velocity")],
 )
 @pytest.mark.parametrize("momentum", [True, False])
-def test_weights_that_are_called_like_slots(weight, momentum):
-    """The names of all weights end so: no other weight tells the generation."""
+def test_weights_and_layers_that_are_called_like_slots(weight, momentum):
+    """No other weight tells the generation."""
     for generation in GENERATIONS:
         values = VALUES if momentum else VALUES[:1]
-        state = interop.from_keras(of_generation(generation, values, (f"d/{weight}",)))
-        assert list(state.nu) == [f"d_{weight}" if generation == "Keras 3" else f"d/{weight}"]
+        state = interop.from_keras(of_generation(generation, values, (weight,)))
+        assert list(state.nu) == [weight.replace("/", "_") if generation == "Keras 3" else weight]
         assert float(state.nu.popitem()[1][0]) == (3 if momentum else 4)
 
 
@@ -185,14 +187,6 @@ def test_variables_are_read_by_name_in_any_order(generation, order):
     state = interop.from_keras(order(of_generation(generation, VALUES[:1])))
     assert state.mu is None
     assert state.trace is None
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("layer", ["velocity", "momentum", "rms", "iteration_velocity"])
-def test_layers_that_are_called_like_slots(generation, layer):
-    state = interop.from_keras(of_generation(generation, weights=(f"{layer}/kernel", f"{layer}/bias")))
-    separator = "_" if generation == "Keras 3" else "/"
-    assert sorted(state.nu) == [f"{layer}{separator}bias", f"{layer}{separator}kernel"]
 
 
 @pytest.mark.parametrize("scope", ["rmsprop", "rm_sprop", "rm_sprop_1", "RMSprop", "my_rmsprop"])
