@@ -85,6 +85,14 @@ def test_weights_and_layers_that_are_called_like_slots(weight, momentum):
         assert float(state.nu.popitem()[1][0]) == (3 if momentum else 4)
 
 
+def test_the_generation_that_knows_most_accumulators():
+    legacy = of_generation("tf.keras before", weights=("velocity/kernel", "d/kernel"))[1:]  # without its iteration
+    assert set(interop.from_keras(legacy, count=5).nu) == {"velocity/kernel", "d/kernel"}
+    averages = [("RMSprop/average/d/my_momentum:0", np.ones(2))]  # in Keras 3 this would be a momentum
+    variables = [*averages, *of_generation("tf.keras 2.11 to 2.15", VALUES[:1], ("d/my_momentum",))]
+    assert set(interop.from_keras(variables).nu) == {"d/my_momentum"}
+
+
 def test_a_scope_inside_another():
     for generation in GENERATIONS:
         plain = of_generation(generation)

@@ -65,6 +65,12 @@ def test_two_accumulators_of_one_weight():
         interop.from_paddle({**arrays, key.removesuffix("0") + "1": arrays[key]})
 
 
+def test_what_nobody_knows_is_named():
+    arrays, _ = checkpoint()
+    with pytest.raises(ValueError, match="but of another optimizer: it has linear_0.w_0_strange_0$"):
+        interop.from_paddle({**arrays, "linear_0.w_0_strange_0": np.ones(2)})
+
+
 def test_as_pickle_loads_it():
     arrays, _ = checkpoint()
     pickled = {**arrays, "StructuredToParameterName@@": {key: key for key in arrays}}
