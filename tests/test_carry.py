@@ -995,7 +995,7 @@ def adds(arrays):
 def test_nothing_is_forgotten_in_silence(convert):
     with pytest.raises(
         ValueError,
-        match=r"convert leaves out, .*\['head.weight'\]. If they are to go, say so in convert: arrays\['head.weight'\] = None",
+        match=r"convert leaves out, .*\['head.weight'\]. To drop one on purpose: arrays\['head.weight'\] = None",
     ):
         interop.from_timm(TORCH, ["body.weight", "head.weight"], convert)
 
