@@ -93,6 +93,27 @@ def peaks() -> list[Row]:
     return rows
 
 
+def layers() -> list[Row]:
+    """The step inside the backward pass, beside the ordinary one."""
+    rows = where(read("layers")["layers"], chip="v5e")
+
+    def peak(devices: int, **wanted: Any) -> Any:
+        found = where([row for row in rows if row["devices"] == devices], **wanted)
+        return "" if not found else "more than 16 GB" if found[0]["peak"] is None else found[0]["peak"]
+
+    return [
+        {
+            "optimizer": label,
+            "parameter and state": only(rows, training_step=name, gradients="of a layer", devices=1)[
+                "parameters and state"
+            ],
+            "peak, v5e, ordinary": peak(1, training_step=name, gradients="of all layers"),
+            "peak, v5e, inside": peak(1, training_step=name, gradients="of a layer"),
+        }
+        for label, name, _ in HELD
+    ]
+
+
 # --- Speed ------------------------------------------------------------------------------------------------
 
 TIMED = (
@@ -288,6 +309,7 @@ TABLES: dict[str, tuple[Callable[[], list[Row]], dict[str, str]]] = {
             "memory": f"{RUN}speed.py --parts memory --json tests/benchmarks/results/memory.json",
         },
     ),
+    "layers": (layers, {"layers": f"{ACCELERATORS}layers.json --chips v5e --parts layers"}),
     "times": (
         times,
         {
