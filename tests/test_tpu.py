@@ -72,6 +72,7 @@ def test_arithmetic_is_no_more_than_the_page_says(name):
     assert new["copies"] == new["temporary bytes per parameter"] == 0
 
 
+@pytest.mark.usefixtures("users_climate")
 def test_the_step_inside_the_backward_pass_keeps_no_gradients_of_all_layers():
     """105 million parameters. With the gradients of all layers there are 2.58 bytes more for each."""
     size = stacked.Size(layers=8, width=1024, heads=16, length=256, vocabulary=4096)
