@@ -29,7 +29,7 @@ FRAMEWORKS += ["sbx-rl==0.28.0", "tfp-nightly==0.26.0.dev20261027", "gymnasium",
 FRAMEWORKS += ["hydra-core==1.3.8", "fiddle==0.3.1", "gin-config==0.5.0", "jsonargparse==4.53.0"]
 # Without their dependencies, which would replace torch: their optimizers need torch alone.
 ALONE = ["timm==1.0.31", "stable-baselines3==2.9.2", "bitsandbytes==0.50.2", "pfrl==0.4.0", "kauldron==1.4.2"]
-FRAMEWORKS += ["etils[ecolab,enp,epath,epy]", "immutabledict", "tqdm", "wrapt"]  # what kauldron's konfig imports
+FRAMEWORKS += ["etils[ecolab,enp,epath,epy]", "immutabledict", "ml_collections", "tqdm", "wrapt"]  # of konfig
 LIVE = "torch timm stable-baselines3 pfrl bitsandbytes keras tf-keras tensorflow dm-sonnet sbx-rl"
 LIVE += " hydra-core fiddle gin-config jsonargparse kauldron"
 

@@ -323,7 +323,7 @@ def test_live_keras_checkpoints_as_they_come(tmp_path, subtests):
         layers = [keras.layers.Dense(3, name="d") for _ in range(2)]
         optimizer = keras.optimizers.RMSprop()
         optimizer.build([v for layer in layers for v in (layer(x), layer.trainable_variables)[1]])
-        with pytest.raises(ValueError, match="variables has .*d_kernel_velocity, .* twice"):
+        with pytest.raises(ValueError, match="the checkpoint has .*d_kernel_velocity, .* twice"):
             interop.from_keras([(v.path, np.asarray(v)) for v in optimizer.variables])
     for other in (
         keras.optimizers.Adam(),
