@@ -20,8 +20,10 @@ from rmsprop_jax._digits import load
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("users_climate")]
 
-PAGE = (pathlib.Path(__file__).parents[1] / "notebooks" / "loop.md").read_text()
-LINES = dict(re.findall(r"^\| ([^|]+?) \| `([^|]+)` \| [^|]*\d+\.\d+[^|]* \|$", PAGE, re.MULTILINE))
+PAGES = pathlib.Path(__file__).parents[1] / "notebooks"
+LINES = dict(
+    re.findall(r"^\| ([^|]+?) \| `([^|]+)` \| [^|]*\d+\.\d+[^|]* \|$", (PAGES / "loop.md").read_text(), re.MULTILINE)
+)
 NAMES = {"jax": jax, "jnp": jnp, "optax": optax, "nnx": nnx, "eqx": eqx, "TrainState": TrainState}
 OURS = {"dialects": dialects, "interop": interop, "rmsprop": rmsprop, "scale_by_rms": scale_by_rms}
 OPTAX = {"rmsprop": optax.rmsprop, "scale_by_rms": optax.scale_by_rms}
@@ -427,7 +429,8 @@ def test_trains_in_a_framework(framework):
 @pytest.mark.parametrize("options", [{}, {"centered": True, "momentum": 0.9, "bias_correction": True}])
 def test_rows_that_were_not_touched_keep_average_and_value(options):
     """The page's recipe against one small table per row, which sees an update only when its row is touched."""
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "return_inverse" in block]
+    blocks = re.findall(r"```python\n(.*?)```", (PAGES / "recipes.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "return_inverse" in block]
     block = block.replace("rmsprop(1e-2)", "rmsprop(1e-2, **options)")
     namespace = {"options": options}
     exec(block, namespace)
