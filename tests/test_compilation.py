@@ -367,7 +367,11 @@ def test_no_copy_of_the_state(options):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize(("keep_rest", "loops", "copies"), [(False, 2, 0), (True, 4, 1)])
+@pytest.mark.parametrize(
+    ("keep_rest", "loops", "copies"),
+    # The XLA of jax 0.7.2 copies the old remainder as well.
+    [(False, 2, 0), *([] if jax.__version_info__ < (0, 10) else [(True, 4, 1)])],
+)
 @pytest.mark.usefixtures("users_climate")
 def test_copies_of_parameters_that_are_rounded(keep_rest, loops, copies, dtype):
     """None for three bytes. With a remainder u is kept as well, and the old parameter, which XLA's CPU backend reads twice."""
