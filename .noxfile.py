@@ -114,7 +114,14 @@ def package(session):
 def tpu(session):
     """Programs for a TPU. XLA's compiler for TPUs needs no TPU."""
     session.install("-e", ".[test]", "jax[tpu]")
-    tests(session, "tests/test_tpu.py", RMSPROP_JAX_TPU="1", JAX_PLATFORMS="cpu")
+    tests(session, "tests/test_tpu.py", JAX_PLATFORMS="cpu")
+
+
+@nox.session(python=NEWEST)
+def programs(session):
+    """Complete scripts and several processes: killed, and resumed to the same bits."""
+    session.install("-e", ".[test]")
+    tests(session, "tests/test_scripts.py", "tests/test_processes.py")
 
 
 @nox.session(python=OLDEST)

@@ -479,7 +479,6 @@ EXPORTED = {
 
 @pytest.mark.parametrize("tx", EXPORTED.values(), ids=EXPORTED)
 def test_a_step_can_be_exported_and_loaded_with_its_state(tx):
-    pytest.importorskip("flatbuffers", reason="jax.export serializes with it")
     params = {"w": normal((8, 4), jnp.bfloat16), "b": jnp.ones(3)}
     state, step = tx.init(params), jax.jit(step_of(tx))
     loaded = export.deserialize(export.export(step)(params, state, params).serialize())

@@ -11,7 +11,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-from frameworks import is_here
 from sklearn.datasets import load_digits
 
 from rmsprop_jax import __main__ as demo, _digits, dialects
@@ -36,20 +35,6 @@ def test_the_command_learns_and_counts_bytes(capsys):
 def test_it_meets_the_recorded_run_of_pytorch():
     assert demo.distance(dialects.pytorch) < 1e-6
     assert demo.distance(dialects.stable_baselines3) > 1e-2
-
-
-@pytest.mark.skipif(not is_here("torch"), reason="PyTorch is not installed")
-def test_live_the_recorded_run_is_pytorchs():
-    import torch
-
-    params = torch.nn.Parameter(torch.from_numpy(demo.START.copy()))
-    optimizer = torch.optim.RMSprop([params], momentum=0.9)
-    for step in range(100):
-        optimizer.param_groups[0]["lr"] = 0.002 * 0.98**step
-        optimizer.zero_grad()
-        (params**4 / 40 - torch.cos(params)).sum().backward()
-        optimizer.step()
-    np.testing.assert_allclose(params.detach().numpy(), demo.END, atol=1e-6)
 
 
 def test_the_split_leaves_nothing_out_and_nothing_twice():

@@ -27,6 +27,8 @@ BLOCKS = [
     pytest.param(block, id=f"{path.parent.name}/{path.name}-{i}")
     for path in PAGES
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+    # A compiled program cannot move arrays to another memory of a CPU before jax 0.11, as the page says.
+    if "pinned_host" not in block or jax.__version_info__ >= (0, 11)
 ]
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from frameworks import is_here, where_it_is
 
+from rmsprop_jax import __main__ as demo
+
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("users_climate")]
 SCRIPTS = pathlib.Path(__file__).parents[1] / "notebooks" / "scripts"
@@ -20,6 +22,20 @@ def test_a_pytorch_run_ends_in_nnx_where_it_would_have_ended():
     names = runpy.run_path(str(SCRIPTS / "from_pytorch.py"))
     assert names["apart"] < 1e-5
     assert int(names["state"].count) == names["HALF"]
+
+
+@where_it_is("torch")
+def test_the_recorded_run_of_the_demo_is_pytorchs():
+    import torch
+
+    params = torch.nn.Parameter(torch.from_numpy(demo.START.copy()))
+    optimizer = torch.optim.RMSprop([params], momentum=0.9)
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 0.002 * 0.98**step
+        optimizer.zero_grad()
+        (params**4 / 40 - torch.cos(params)).sum().backward()
+        optimizer.step()
+    np.testing.assert_allclose(params.detach().numpy(), demo.END, atol=1e-6)
 
 
 @where_it_is("stable-baselines3")
