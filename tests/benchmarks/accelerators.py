@@ -35,11 +35,11 @@ from typing import Any, NamedTuple
 import jax
 import optax
 import stacked
-from compilers import CHIPS, CUDA, devices, forget, instructions, Kernel
+from compilers import CHIPS, devices, forget, instructions, Kernel
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from meshes import collectives
 from report import is_here, Report
-from speed import language, LAYOUTS, RATE, Shapes, VARIANTS
+from speed import language, LAYOUTS, RATE, Shapes
 
 from rmsprop_jax import rmsprop, round_params_stochastically
 
@@ -47,10 +47,13 @@ from rmsprop_jax import rmsprop, round_params_stochastically
 # --- What is compiled, and for what -------------------------------------------------------------------
 
 
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "momentum": {"momentum": 0.9}, "centered": {"centered": True}}
+
+
 class Update(NamedTuple):
     """An optimizer, the dtype of the parameters, and the row of Optax whose compile time is 1."""
 
-    tx: Any  # an optax.GradientTransformation, or one of flashoptim_jax
+    tx: optax.GradientTransformation
     dtype: str = "float32"
     beside: str = "optax.rmsprop, plain"
 
@@ -68,17 +71,7 @@ def updates_of_all() -> dict[str, Update]:
     rows["ours, three bytes"] = Update(optax.chain(one_byte, round_params_stochastically()), "bfloat16")
     rows["ours, four bytes"] = Update(optax.chain(one_byte, round_params_stochastically(keep_rest=True)), "bfloat16")
     rows["optax.adam"] = Update(optax.adam(RATE))
-    rows["optax.adam, mu_dtype=bfloat16"] = Update(optax.adam(RATE, mu_dtype="bfloat16"))
-    rows["optax.contrib.schedule_free_adamw"] = Update(optax.contrib.schedule_free_adamw(RATE))
-    rows["optax.lion"] = Update(optax.lion(RATE))
-    rows["optax.sm3"] = Update(optax.sm3(RATE))
     rows["optax.adafactor"] = Update(optax.adafactor(RATE))
-    if is_here("flashoptim_jax"):
-        from flashoptim_jax import flash_adamw, flash_lion
-
-        fused = is_here(CUDA.package)  # its kernels are for GPUs alone
-        rows["flashoptim_jax.flash_adamw"] = Update(flash_adamw(RATE, fused=fused), "bfloat16")
-        rows["flashoptim_jax.flash_lion"] = Update(flash_lion(RATE, fused=fused), "bfloat16")
     return rows
 
 
@@ -102,10 +95,7 @@ def with_sharding(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def step_of(tx: Any) -> Callable[..., Any]:
-    if hasattr(tx, "step"):
-        return tx.step  # flashoptim_jax
-
+def step_of(tx: optax.GradientTransformation) -> Callable[..., Any]:
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -309,25 +299,12 @@ def tables(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, A
 # --- Whole training steps -----------------------------------------------------------------------------
 
 
-class Size(NamedTuple):
-    """Of a Transformer, and the optimizers with which it is compiled."""
-
-    shape: tuple[int, ...]  # vocabulary, length of a sequence, width, heads, layers
-    trained: tuple[str, ...]
+TRAINED = ("ours, three bytes", "ours, four bytes", "optax.rmsprop, plain", "optax.adam", "ours, uint8 state, plain")
 
 
-TRAINED = ("ours, three bytes", "ours, four bytes", "optax.rmsprop, plain", "optax.adam")
-ALSO = ("ours, uint8 state, plain", "ours, bfloat16 state, plain")
-MODELS = {
-    "100 M": Size((10_000, 128, 768, 12, 12), TRAINED + ALSO),
-    "1 B": Size((32_000, 128, 2048, 16, 18), TRAINED),
-}
-PEAKS = (("v5e", "100 M"), ("v5e", "1 B"), ("h100", "100 M"), ("a100", "100 M"))
-
-
-def peak(chip: str, name: str, trained: str) -> dict[str, Any]:
-    """Bytes per parameter of a Transformer's training step. Arithmetic is in the parameters' dtype."""
-    network, sharding = language(*MODELS[name].shape, batch=1), one_device(chip)
+def peak(chip: str, trained: str) -> dict[str, Any]:
+    """Bytes per parameter of the training step of a Transformer with 100 million. Arithmetic is in the parameters' dtype."""
+    network, sharding = language(10_000, 128, 768, 12, 12, batch=1), one_device(chip)
     tx, dtype, _ = updates_of_all()[trained]
     params = with_sharding(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), network.params), sharding)
     state = with_sharding(jax.eval_shape(tx.init, params), sharding)
@@ -355,7 +332,6 @@ def peak(chip: str, name: str, trained: str) -> dict[str, Any]:
 # --- The step inside the backward pass ----------------------------------------------------------------
 
 STACKED = stacked.Size(layers=20, width=2048, heads=16, length=1024, vocabulary=32_000)
-STEPPED = ("optax.adam", "optax.rmsprop, plain", "ours, uint8 state, plain", "ours, three bytes", "ours, four bytes")
 SHARDED_STEPS = ("ours, three bytes",)  # as by FSDP, on all chips of the topology
 
 
@@ -529,15 +505,12 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", choices=here, default=here, metavar="CHIP")
     parser.add_argument("--layouts", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="LAYOUT")
     parser.add_argument("--updates", metavar="PATTERN", default="", help="regular expression of names")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--json", metavar="FILE", help="where to write every number")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and a device that is there is left alone
     for chip in arguments.chips:
         devices(CHIPS[chip].topology)  # first of all, because compilers read their settings once
-    report = Report(
-        arguments.json, "jaxlib", *sorted({chip.compiler.package for chip in CHIPS.values()}), "flax", "flashoptim_jax"
-    )
+    report = Report(arguments.json, "jaxlib", *sorted({chip.compiler.package for chip in CHIPS.values()}), "flax")
 
     def chosen(chip: str, names: Iterable[str]) -> list[str]:
         return [x for x in names if chip in arguments.chips and re.search(arguments.updates, x)]
@@ -555,13 +528,13 @@ def main() -> None:
         report.add("meshes", rows, meshes_table(rows))
     if "host" in arguments.parts:
         report.add("host", [in_host_memory("v5e", name) for name in chosen("v5e", OFFLOADED)])
-    for chip, size in PEAKS if "peaks" in arguments.parts else ():
-        for name in chosen(chip, MODELS[size].trained if size in arguments.models else ()):
-            rows = [peak(chip, size, name)]
-            report.update("peaks", rows, ("chip", "training step", "parameters"))
+    for chip in ("v5e", "h100") if "peaks" in arguments.parts else ():
+        for name in chosen(chip, TRAINED):
+            rows = [peak(chip, name)]
+            report.update("peaks", rows, ("chip", "training step"))
             report.show(without_empty(rows))
     if "layers" in arguments.parts:
-        cases = [(chip, name, False) for chip in ("v5e", "h100") for name in chosen(chip, STEPPED)]
+        cases = [(chip, name, False) for chip in ("v5e", "h100") for name in chosen(chip, TRAINED)]
         cases += [("v5e", name, True) for name in chosen("v5e", SHARDED_STEPS)]
         for (chip, name, fsdp), inside in itertools.product(cases, (False, True)):
             rows = [stepped(chip, name, inside, fsdp)]

@@ -178,11 +178,6 @@ H100 = facts(
     **{"shared_memory_per_core": 233_472, "shared_memory_per_block_optin": 232_448, "l2_cache_size": 50 << 20},
     **{"memory_bandwidth": 3_352_000_000_000, "device_memory_size": 84_942_979_072},
 )
-A100 = facts(
-    *("NVIDIA A100-SXM4-80GB", "major: 8", 108, 64, 1.41e9),
-    **{"shared_memory_per_core": 167_936, "shared_memory_per_block_optin": 166_912, "l2_cache_size": 40 << 20},
-    **{"memory_bandwidth": 2_039_000_000_000, "device_memory_size": 85_100_068_864},
-)
 
 # A TPU's core begins one bundle in each cycle. Each of a GPU's cores begins four instructions, for 32 threads.
 CHIPS = {
@@ -191,5 +186,4 @@ CHIPS = {
     "v6e": Chip(TPU, "v6e:2x2", 1640e9, 1.75e9),
     "v4": Chip(TPU, "v4:2x2x1", 1228e9, 1.05e9),
     "h100": Chip(CUDA, "h100:1x1x1", 3352e9, 132 * 128 * 1.83e9, H100),
-    "a100": Chip(CUDA, "a100:1x1x1", 2039e9, 108 * 128 * 1.41e9, A100),
 }

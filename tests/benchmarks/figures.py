@@ -114,9 +114,7 @@ def peers() -> None:
     for panel, problem in zip(axes, dict.fromkeys(row["problem"] for row in rows), strict=True):
         lines: dict[str, list[tuple[float, float]]] = {kind: [] for kind in OURS}
         others: dict[int, list[tuple[float, float, str]]] = {}
-        for (_, optimizer), _, _, fresh in tuned(pages.where(rows, problem=problem)):
-            if optimizer in ("RMSProp, momentum .9", "RMSProp, centered"):
-                continue  # they are in the table
+        for (_, optimizer), _, fresh in tuned(pages.where(rows, problem=problem)):
             size, losses = fresh[0]["bytes per parameter"], np.array([row["loss"] for row in fresh])
             kind = "with bias correction" if "bias correction" in optimizer else "without bias correction"
             mine = optimizer.startswith("RMSProp")
@@ -153,7 +151,7 @@ def memory() -> None:
         "rmsprop_jax, four bytes",
         "rmsprop_jax, three bytes",
     )
-    rows = pages.peaks_by_chip()
+    rows = pages.peaks()
     rows = [*rows[:3], rows[4], rows[3]]
     figure, panel = plt.subplots(figsize=(9, 3))
     for i, row in enumerate(rows):
@@ -192,29 +190,8 @@ def tuned_dialects() -> None:
     save(figure, "tuned")
 
 
-def speed() -> None:
-    """Time of an update over Optax's in the same round: medians and quartiles."""
-    rows = pages.read("narrow")["updates"]
-    names = {name: label.replace("`", "").replace("jnp.", "") for label, name in pages.TIMED[1:6]}
-    layouts = {"16M": "one array of 16 million", "GPT-2 small": "GPT-2 small"}
-    figure, panel = plt.subplots(figsize=(9, 3))
-    for shift, (layout, title), color in zip((-0.17, 0.17), layouts.items(), (BLUE, GREEN), strict=True):
-        mine = [pages.only(rows, layout=layout, candidate=name) for name in names]
-        ratio = np.array([row["ratio"] for row in mine])
-        low, high = np.array([row["quartiles"] for row in mine]).T
-        error = np.maximum(0, [ratio - low, high - ratio])
-        panel.barh(np.arange(len(mine)) + shift, ratio, 0.32, xerr=error, color=color, capsize=2, label=title)
-    panel.axvline(1, color="black", linewidth=0.8)
-    panel.set_yticks(range(len(names)), names.values())
-    panel.invert_yaxis()
-    panel.set(xlabel="time of an update on a CPU, over that of optax.rmsprop in float32")
-    panel.legend(frameon=False, fontsize=9)
-    figure.tight_layout()
-    save(figure, "speed")
-
-
 if __name__ == "__main__":
-    for draw in (dialects_decide, three_bytes, peers, memory, tuned_dialects, speed):
+    for draw in (dialects_decide, three_bytes, peers, memory, tuned_dialects):
         draw()
     for name, png in from_notebooks().items():
         (FIGURES / f"{name}.png").write_bytes(png)

@@ -1,16 +1,15 @@
-"""python tests/benchmarks/speed.py: time and memory of one update, ours beside Optax's, in the same run.
+"""python tests/benchmarks/speed.py: time of one update, ours beside Optax's, in the same run.
 
 An update is `tx.update` and `optax.apply_updates` in one compiled step with parameters and state donated. Candidates take
 turns, round by round, in an order that changes; a ratio is the median over the rounds of a candidate's time divided by
 Optax's in that round, with the quartiles. Three and four bytes have bfloat16 parameters and gradients, and their ratio is to
-Optax's float32. The memory of a training step of a model with 100 million parameters is read from the compiled program.
+Optax's float32.
 
 `--json FILE` keeps every number, and `python tests/benchmarks/pages.py` makes the tables. `--parts` picks what is measured,
 `--layouts` and `--seconds` bound the time. On a GPU as on a CPU.
 """
 
 import argparse
-import itertools
 import os
 import time
 from collections.abc import Callable
@@ -24,14 +23,13 @@ from flax import nnx
 from report import Report
 from rich.console import Console
 from rich.progress import Progress
-from tasks import FashionNet, Transformer
+from tasks import Transformer
 
 from rmsprop_jax import rmsprop, round_params_stochastically
 
 
 Shapes = list[tuple[int, ...]]
 RATE = 1e-3
-VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "momentum": {"momentum": 0.9}, "centered": {"centered": True}}
 STATE_DTYPES = {"float32": None, "bfloat16": "bfloat16", "uint8": "uint8"}
 # Bytes of a bfloat16 parameter and its state.
 WITH_BFLOAT16 = {
@@ -122,15 +120,9 @@ def of_jax(tx: optax.GradientTransformation, shapes: Shapes, grads: list[jax.Arr
 def makers(layout: str, shapes: Shapes) -> dict[str, Callable[[], Candidate]]:
     keys = jax.random.split(jax.random.key(0), len(shapes))
     grads = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    result: dict[str, Callable[[], Candidate]] = {}
-    for variant, options in VARIANTS.items():
-        if variant != "plain" and layout not in ("16M", "ResNet-50"):
-            continue  # the odd sizes are there for the plain update alone
-        result[f"optax, {variant}"] = lambda options=options: of_jax(optax.rmsprop(RATE, **options), shapes, grads)
-        for name, kind in STATE_DTYPES.items():
-            result[f"ours {name}, {variant}"] = lambda options=options, kind=kind: of_jax(
-                rmsprop(RATE, **options, state_dtype=kind), shapes, grads
-            )
+    result = {"optax": lambda: of_jax(optax.rmsprop(RATE), shapes, grads)}
+    for name, kind in STATE_DTYPES.items():
+        result[f"ours {name}"] = lambda kind=kind: of_jax(rmsprop(RATE, state_dtype=kind), shapes, grads)
     if layout in ("16M", "ResNet-50", "GPT-2 small"):
         halves = [grad.astype(jnp.bfloat16) for grad in grads]
         for name, tx in WITH_BFLOAT16.items():
@@ -175,21 +167,20 @@ def updates(layout: str, seconds: float, tick: Callable[[], None]) -> list[dict[
     times = race(candidates, seconds, tick)
     rows = []
     for name, candidate in candidates.items():
-        reference = f"optax, {name.partition(', ')[2] or 'plain'}"
         rows.append(
             {
                 "layout": layout,
                 "parameters": size,
                 "candidate": name,
                 "milliseconds": 1e3 * float(np.median(times[name])),
-                **spread("ratio", "quartiles", times[name] / times[reference]),
+                **spread("ratio", "quartiles", times[name] / times["optax"]),
                 "state bytes per parameter": candidate.state_bytes / size,
                 "temporary bytes per parameter": per(candidate.temporary_bytes, size),
                 "rounds": len(times[name]),
                 "trace seconds": candidate.trace_seconds,
                 "compile seconds": candidate.compile_seconds,
                 "instructions": candidate.instructions,
-                "instructions ratio": per(candidate.instructions, candidates[reference].instructions),
+                "instructions ratio": per(candidate.instructions, candidates["optax"].instructions),
             }
         )
     return rows
@@ -244,17 +235,6 @@ def model(make: Callable[[nnx.Rngs], nnx.Module], inputs: Any, labels: tuple[int
     return Model(loss, params, (inputs, jax.ShapeDtypeStruct(labels, jnp.int32)))
 
 
-class MLP(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        sizes = (784, 2048, 2048, 2048, 10)
-        self.layers = nnx.List([nnx.Linear(m, n, rngs=rngs) for m, n in itertools.pairwise(sizes)])
-
-    def __call__(self, x):
-        for layer in self.layers[:-1]:
-            x = nnx.relu(layer(x))
-        return self.layers[-1](x)
-
-
 def language(vocabulary: int, length: int, width: int, heads: int, layers: int, batch: int) -> Model:
     def make(rngs):
         return Transformer(vocabulary, length, width, heads, layers, rngs)
@@ -262,73 +242,11 @@ def language(vocabulary: int, length: int, width: int, heads: int, layers: int, 
     return model(make, jax.ShapeDtypeStruct((batch, length), jnp.int32), (batch, length))
 
 
-MODELS: dict[str, Callable[[], Model]] = {
-    "MLP, 10 M": lambda: model(MLP, jax.ShapeDtypeStruct((128, 784), jnp.float32), (128,)),
-    "convnet, .1 M": lambda: model(FashionNet, jax.ShapeDtypeStruct((128, 28, 28, 1), jnp.float32), (128,)),
-    "Transformer, 3 M": lambda: language(10_000, 64, 128, 4, 2, batch=8),
-}
-
-
-class Trained(NamedTuple):
-    """An optimizer, and the dtype of the parameters."""
-
-    tx: optax.GradientTransformation | None
-    params: Any = jnp.float32
-
-
-def trained() -> dict[str, Trained]:
-    result = {"gradients alone": Trained(None), "optax.adam": Trained(optax.adam(RATE))}
-    result |= {"optax.rmsprop": Trained(optax.rmsprop(RATE))}
-    result |= {f"ours, {name} state": Trained(rmsprop(RATE, state_dtype=kind)) for name, kind in STATE_DTYPES.items()}
-    three, four = (Trained(tx, jnp.bfloat16) for tx in WITH_BFLOAT16.values())
-    return result | {"ours, uint8 state, bfloat16 parameters": three, "ours, four bytes": four}
-
-
-def training_step(model: Model, candidate: Trained, arithmetic: Any = jnp.float32) -> tuple[Any, Any]:
-    """The compiled step with parameters and state donated, and the shapes of the parameters."""
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, candidate.params), model.params)
-    state = jax.eval_shape(candidate.tx.init, params) if candidate.tx else None
-
-    def step(params, state, batch):
-        def loss(params):
-            return model.loss(jax.tree.map(lambda x: x.astype(arithmetic), params), batch)
-
-        value, grads = jax.value_and_grad(loss)(params)
-        if candidate.tx is None:
-            return grads, state, value
-        updates, state = candidate.tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    donated = () if candidate.tx is None else (0, 1)
-    return jax.jit(step, donate_argnums=donated).lower(params, state, model.batch).compile(), params
-
-
-def memory() -> list[dict[str, Any]]:
-    """A whole step of a Transformer with 100 million parameters, in bytes per parameter, as the compiled program has it.
-
-    Arithmetic is in the parameters' dtype. One sequence of 128 tokens, so that activations are small.
-    """
-    model = language(10_000, 128, 768, 12, 12, batch=1)
-    size = sum(x.size for x in jax.tree.leaves(model.params))
-    rows = []
-    for label, candidate in trained().items():
-        if candidate.tx is None:
-            continue
-        program, _ = training_step(model, candidate, candidate.params)
-        analysis = program.memory_analysis()
-        held = analysis.argument_size_in_bytes
-        beside = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        rows.append({"training step": label, "parameters": f"{size:,}", "parameters and state": held / size})
-        rows[-1] |= {"gradients and all else": beside / size, "peak": (held + beside) / size}
-        rows[-1] |= {"peak in MB": (held + beside) / 1e6}
-    return rows
-
-
 # --- Reporting ----------------------------------------------------------------------------------------
 
 
 def time_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Candidates by layouts: milliseconds, ratio to Optax's same variant, quartiles."""
+    """Candidates by layouts: milliseconds, ratio to Optax, quartiles."""
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
     table = []
     for name in dict.fromkeys(row["candidate"] for row in rows):
@@ -341,7 +259,7 @@ def time_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-PARTS = ("updates", "memory", "outside jit")
+PARTS = ("updates", "outside jit")
 
 
 def main() -> None:
@@ -369,8 +287,6 @@ def main() -> None:
                     rows += updates(layout, arguments.seconds, tick)
                     report.add("updates", rows, [])
                 report.show(time_table(rows))
-            elif part == "memory":
-                report.add("memory", memory())
             else:
                 report.add("outside jit", outside_jit(arguments.seconds / 4))
 

@@ -282,8 +282,6 @@ def peers() -> list[Peer]:
         ),
         optax_("Muon", lambda rate: optax.contrib.muon(rate), 1e-2),
         Peer("RMSProp", ours("float32", "float32")),
-        Peer("RMSProp, momentum .9", ours("float32", "float32", momentum=0.9), 1e-4),
-        Peer("RMSProp, centered", ours("float32", "float32", centered=True)),
         Peer("RMSProp, bias correction", ours("float32", "float32", bias_correction=True)),
         Peer("RMSProp, ν in one byte", ours("float32", "uint8")),
         Peer("RMSProp, four bytes", ours(REST, "uint8")),
@@ -321,14 +319,14 @@ def tune(measurements: Measurements, name: str, problem: Problem, peer: Peer, co
         loss(best, seed)
 
 
-def tuned(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[Any, ...], float, dict[float, float], list[Any]]]:
-    """Problem and optimizer, best rate, the loss at each rate, and the other seeds at the best."""
+def tuned(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[Any, ...], float, list[Any]]]:
+    """Problem and optimizer, best rate, and the other seeds at the best."""
     for names, mine in groups(rows, ("problem", "optimizer")):
         costs = {r["learning rate"]: r["loss"] for r in mine if r["seed"] == 0}
         best = cheapest(costs)
         fresh = [r for r in mine if r["seed"] > 0 and r["learning rate"] == best]
         if fresh:
-            yield names, best, costs, fresh
+            yield names, best, fresh
 
 
 # --- Batch sizes ------------------------------------------------------------------------------------------
@@ -345,12 +343,6 @@ def batch_peers(size: int) -> list[Peer]:
 
     return [
         Peer("Adam", Candidate("Adam", "float32", adam)),
-        Peer(
-            "Adafactor",
-            Candidate("Adafactor", "float32", lambda rate: optax.adafactor(rate, min_dim_size_to_factor=32)),
-            1e-2,
-        ),
-        Peer("RMSProp, bias correction", ours("float32", "float32", 0.99**longer, bias_correction=True)),
         Peer("RMSProp, three bytes, bias correction", ours(STOCHASTIC, "uint8", 0.99**longer, bias_correction=True)),
     ]
 

@@ -3,11 +3,10 @@
 The seeds that choose a rate do not report on it: the best of several noisy results looks better than it is.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from report import Report
 
@@ -65,34 +64,6 @@ def search(rates: Iterable[float], cost: Callable[[float], float], most: int = 8
 
 def cheapest(costs: dict[float, float]) -> float:
     return min(costs, key=lambda rate: math.inf if math.isnan(costs[rate]) else costs[rate])
-
-
-class Width(NamedTuple):
-    """The factor between the ends of a range of rates."""
-
-    factor: float
-    open: bool  # the range goes on beyond the rates that were tried
-
-    def __str__(self) -> str:
-        return f"{'≥ ' if self.open else ''}{self.factor:.2g}"
-
-
-def width(costs: dict[float, float], share: float = 0.1) -> Width:
-    """The range around the best rate in which the cost is within `share` of the best, interpolated over log(rate)."""
-    rates, best = sorted(costs), cheapest(costs)
-    limit = costs[best] + share * abs(costs[best])
-    ends = [_reach(costs, rates[rates.index(best) :: step], limit) for step in (1, -1)]
-    return Width(ends[0][0] / ends[1][0], ends[0][1] or ends[1][1])
-
-
-def _reach(costs: dict[float, float], rates: list[float], limit: float) -> tuple[float, bool]:
-    """How far the cost stays below the limit, and whether that is all of the rates."""
-    for near, far in itertools.pairwise(rates):
-        if not costs[far] <= limit:
-            rise = costs[far] - costs[near]
-            share = (limit - costs[near]) / rise if math.isfinite(rise) else 0.0
-            return near * (far / near) ** share, False
-    return rates[-1], True
 
 
 def groups(rows: Iterable[Row], keys: Iterable[str]) -> Iterator[tuple[tuple[Hashable, ...], list[Row]]]:

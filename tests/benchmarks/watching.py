@@ -5,6 +5,7 @@ the time without, followed by the quartiles.
 """
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,18 +14,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from report import Report
-from speed import Candidate, Model, model, MODELS, race, RATE, spread
+from speed import Candidate, Model, model, race, RATE, spread
 
 from rmsprop_jax import metrics, rmsprop
 from rmsprop_jax._digits import BATCH, ConvNet
+
+
+class MLP(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        sizes = (784, 2048, 2048, 2048, 10)
+        self.layers = nnx.List([nnx.Linear(m, n, rngs=rngs) for m, n in itertools.pairwise(sizes)])
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
 
 
 WATCHED: dict[str, Callable[[], Model]] = {
     "the demo's convnet, 38,282 parameters": lambda: model(
         ConvNet, jax.ShapeDtypeStruct((BATCH, 8, 8, 1), jnp.float32), (BATCH,)
     ),
-    "MLP, 10 M parameters": MODELS["MLP, 10 M"],
+    "MLP, 10 M parameters": lambda: model(MLP, jax.ShapeDtypeStruct((128, 784), jnp.float32), (128,)),
 }
 STATES = {"float32": None, "uint8": "uint8"}
 CALLS: dict[str, Callable[..., Any]] = {
