@@ -8,7 +8,6 @@ import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import meshes
 import optax
 import pytest
 from flax import linen as nn, nnx
@@ -427,17 +426,6 @@ def test_rounding_has_no_collectives():
     compiled = jax.jit(ROUND.update).lower(params, ROUND.init(params), params).compile()
     assert "bf16[8,8]" in compiled.as_text()
     assert collectives(compiled) == []
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("users_climate")
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("layout", meshes.LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"centered": True, "momentum": 0.9}, {"state_dtype": jnp.uint8}], ids=str)
-def test_only_zero_1_sends_anything(options, layout, axis_type):
-    *_, update = meshes.place(rmsprop(1e-3, eps=1e-5, **options), meshes.make_mesh(axis_type), layout)
-    # It gathers each new parameter once, but for the ten that every device has.
-    assert meshes.collectives(update.as_text()) == ({"all-gather": 5} if layout == "ZeRO-1" else {})
 
 
 # --- Targets --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Training on a mesh, laid out in each of the usual ways: one device's numbers, bytes divided, nothing sent."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -26,37 +27,33 @@ ON_A_DEVICE = {
     "FSDP": 301_056 // 8 + 10,
     "ZeRO-1": 301_056 // 8 + 10,
 }
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("layout", meshes.LAYOUTS)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_the_state_is_divided_between_the_devices_and_stays_so(name, layout, axis_type):
-    tx = rmsprop(1e-3, eps=EPS, **OPTIONS[name])
-    params, state, update = meshes.place(tx, meshes.make_mesh(axis_type), layout)
-    assert meshes.bytes_per_device(state) == ON_A_DEVICE[layout] * STATE_BYTES[name] + 4  # and count
-    after = update(params, state, params)
-    for old, new in zip(jax.tree.leaves((params, state)), jax.tree.leaves(after), strict=True):
-        assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+AXIS_TYPES = itertools.cycle([AxisType.Auto, AxisType.Explicit])
+value_and_grad = jax.value_and_grad(meshes.loss)
+few_digits = functools.cache(lambda: jax.tree.map(lambda x: x[:352], meshes.data()))
 
 
 @functools.cache
 def losses(name, layout, axis_type=AxisType.Auto, shape=(4, 2)):
-    """The loss before each of thirty full-batch steps."""
+    """The loss before each of thirty full-batch steps. What devices hold and what they send is checked on the way."""
     mesh, auto = meshes.make_mesh(axis_type, shape), meshes.make_mesh(shape=shape)
     params, state, update = meshes.place(rmsprop(1e-3, eps=EPS, **OPTIONS[name]), mesh, layout)
+    assert meshes.bytes_per_device(state) == ON_A_DEVICE[layout] * STATE_BYTES[name] + 4  # and count
+    # ZeRO-1 gathers each new parameter once, but for the ten that every device has.
+    assert meshes.collectives(update.as_text()) == ({"all-gather": 5} if layout == "ZeRO-1" else {})
+    before = params, state
     specs = meshes.LAYOUTS[layout][0]
+    for_network, for_update = meshes.shardings(auto, specs), meshes.shardings(mesh, specs)
     batch = P("data" if layout == "tensor parallel" else meshes.BOTH)
-    digits = jax.device_put(meshes.data(), NamedSharding(auto, batch))
+    digits = jax.device_put(few_digits(), NamedSharding(auto, batch))
     # The network is left to XLA in either case, for it is the update that is tested.
-    gradient = jax.jit(
-        jax.value_and_grad(meshes.loss), out_shardings=(NamedSharding(auto, P()), meshes.shardings(auto, specs))
-    )
+    gradient = jax.jit(value_and_grad, out_shardings=(NamedSharding(auto, P()), for_network))
     values = []
     for _ in range(30):
-        value, grads = gradient(jax.device_put(params, meshes.shardings(auto, specs)), digits)
-        params, state = update(jax.device_put(grads, meshes.shardings(mesh, specs)), state, params)
+        value, grads = gradient(jax.device_put(params, for_network), digits)
+        params, state = update(jax.device_put(grads, for_update), state, params)
         values.append(float(value))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves((params, state)), strict=True):
+        assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
     return np.array(values)
 
 
@@ -71,12 +68,10 @@ def assert_one_devices(values, name):
     assert values[-1] < values[0] / 3
 
 
-# Explicit axes change only types, and those do not depend on the options.
 @pytest.mark.parametrize(
-    ("name", "axis_type"), [*((name, AxisType.Auto) for name in OPTIONS), ("all slots", AxisType.Explicit)]
+    ("layout", "name", "axis_type"), [(*case, next(AXIS_TYPES)) for case in itertools.product(meshes.LAYOUTS, OPTIONS)]
 )
-@pytest.mark.parametrize("layout", meshes.LAYOUTS)
-def test_trains_as_on_one_device(name, layout, axis_type):
+def test_trains_as_on_one_device_with_a_state_that_stays_divided(layout, name, axis_type):
     assert_one_devices(losses(name, layout, axis_type), name)
 
 
@@ -110,7 +105,7 @@ def test_trains_under_shard_map(layout, name):
     state = jax.jit(tx.init)(params)
     values = []
     for _ in range(30):
-        params, state, value = step(params, state, meshes.data())
+        params, state, value = step(params, state, few_digits())
         values.append(float(value))
     assert meshes.bytes_per_device(state) == ON_A_DEVICE[layout] * STATE_BYTES[name] + 4
     assert_one_devices(np.array(values), name)
