@@ -90,6 +90,12 @@ def follow(tx, gradients, params):
     return params, updates, state
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def update(tx, updates, state, params=None):
+    """`tx.update` as one program; outside of jit each of its operations is compiled alone."""
+    return tx.update(updates, state, params)
+
+
 def step_of(tx):
     """`step(params, state, grads) -> (params, state)`, to be compiled."""
 

@@ -50,27 +50,28 @@ def train_digits(tx, steps, hidden=64, dtype=jnp.float32, scale=1.0):
     """The last losses of three seeds of a network of two layers, which computes in float32, on scikit-learn's digits."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    images, labels = jnp.asarray(bunch.data / 16, jnp.float32), jnp.asarray(bunch.target)
+    bunch, rng = load_digits(), np.random.default_rng(0)
+    w, v = rng.normal(size=(3, 64, hidden)) / 8, rng.normal(size=(3, hidden, 10)) / hidden**0.5
+    params = jax.tree.map(lambda p: p.astype(dtype), {"w": w, "b": np.zeros((3, hidden)), "v": v})
+    batches = rng.integers(len(bunch.target), size=(3, steps, 64))
+    return np.asarray(losses(tx, scale, np.float32(bunch.data / 16), np.int32(bunch.target), params, batches))
 
-    def loss(params, index):
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses(tx, scale, images, labels, params, batches):
+    def loss(params, images, labels):
         params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        logits = jax.nn.relu(images[index] @ params["w"] + params["b"][None]) @ params["v"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]).mean()
+        logits = jax.nn.relu(images @ params["w"] + params["b"][None]) @ params["v"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def run(key):
-        kw, kv, kb = jax.random.split(key, 3)
-        w, v = jax.random.normal(kw, (64, hidden)) / 8, jax.random.normal(kv, (hidden, 10)) / hidden**0.5
-        params = jax.tree.map(lambda p: p.astype(dtype), {"w": w, "b": jnp.zeros(hidden), "v": v})
-
-        def step(carry, key):
+    def run(params, batches):
+        def step(carry, index):
             params, state = carry
-            index = jax.random.randint(key, (64,), 0, len(labels))
-            grads = jax.grad(lambda p: scale * loss(p, index))(params)
+            grads = jax.grad(lambda p: scale * loss(p, images[index], labels[index]))(params)
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jax.random.split(kb, steps))
-        return loss(params, jnp.arange(len(labels)))
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), batches)
+        return loss(params, images, labels)
 
-    return np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 3)))
+    return jax.vmap(run)(params, batches)
