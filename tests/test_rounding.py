@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import mesh_of, normal
+from helpers import mesh_of, update
 from hypothesis import example, given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from problems import train_digits, trajectory
@@ -34,8 +34,7 @@ DTYPES = [jnp.bfloat16, jnp.float32]  # of updates
 @jax.jit
 def three(params, updates, step=0):
     """The parameters after one update."""
-    changed, _ = THREE.update(updates, RoundParamsState(jnp.int32(step)), params)
-    return optax.apply_updates(params, changed)
+    return optax.apply_updates(params, THREE.update(updates, RoundParamsState(jnp.int32(step)), params)[0])
 
 
 @jax.jit
@@ -45,8 +44,15 @@ def four(params, rest, updates, step=0):
     return optax.apply_updates(params, changed), state.rest
 
 
+widened, narrowed = jax.jit(params_in_float32), jax.jit(params_in_bfloat16)
+
+
 def weights(params, rest):
-    return np.asarray(params_in_float32(params, RoundParamsState(jnp.int32(0), rest)), np.float64)
+    return np.asarray(widened(params, RoundParamsState(np.int32(0), rest)), np.float64)
+
+
+def gaussian(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
 
 
 def unit(x, bits=8):
@@ -114,7 +120,7 @@ SMALL_STEPS = [
 @pytest.mark.parametrize(("dtype", "start", "sign", "size"), SMALL_STEPS)
 def test_steps_far_below_the_parameter_add_up(dtype, start, sign, size):
     """Updates of 1e-6 to 1e-2 of p, 512 elements: how far do the parameters move?"""
-    p = jnp.full(512, start, jnp.bfloat16)
+    p = np.full(512, start, jnp.bfloat16)
     u = jnp.asarray(sign * size * abs(float(p[0])) * (1 + np.arange(512) / 1024), dtype)
     total, exact = (float(np.asarray(x, np.float64).sum()) for x in (sum_of_moves(p, u), u))
     exact *= 2**14
@@ -127,7 +133,7 @@ def test_steps_far_below_the_parameter_add_up(dtype, start, sign, size):
 
 @pytest.mark.parametrize(("dtype", "start", "sign", "size"), SMALL_STEPS)
 def test_the_mean_with_a_remainder_is_right(dtype, start, sign, size):
-    p, rest = jnp.full(512, start, jnp.bfloat16), jnp.asarray(np.arange(512) % 256 - 128, jnp.int8)
+    p, rest = np.full(512, start, jnp.bfloat16), np.int8(np.arange(512) % 256 - 128)
     u = jnp.asarray(sign * size * abs(start) * (1 + np.arange(512) / 1024), dtype)
     exact = weights(p, rest) + np.asarray(u, np.float64)
     found = np.asarray(sum_of_moves_with_remainder(p, rest, u), np.float64) / 2**12 + float(p[0])
@@ -141,8 +147,8 @@ def test_many_steps_far_below_one_unit_add_up(steps, dtype):
 
     The updates differ a little: elements that meet with equal updates would go on together.
     """
-    moves = (100 * 2.0**-7 / steps * (1 + jnp.arange(64) / 128)).astype(dtype)
-    start = (1 + jnp.arange(64) / 128).astype(jnp.bfloat16)
+    start = (1 + np.arange(64) / 128).astype(jnp.bfloat16)
+    moves = (100 * 2.0**-7 / steps * np.float32(start)).astype(dtype)
     end, _ = jax.jit(lambda p: jax.lax.scan(lambda p, t: (three(p, moves, t), None), p, jnp.arange(steps)))(start)
     way = (np.asarray(end, np.float64) - np.asarray(start, np.float64)) / (np.asarray(moves, np.float64) * steps)
     # Each walk waits for 100 units, or for fewer that are twice as large above 2: a relative deviation of about 0.1.
@@ -214,10 +220,10 @@ numbers = st.floats(2.0**-100, 2.0**100, width=32).flatmap(lambda x: st.sampled_
 @example(p=1.0, rest=-128, share=-(2.0**-9), step=0)  # just above a power of two, and below it
 @example(p=-2.0, rest=127, share=2.0**-9, step=5)
 def test_a_weight_lands_on_a_neighbour_of_24_bits(p, rest, share, step):
-    p, rest = jnp.asarray([p], jnp.bfloat16), jnp.asarray([rest], jnp.int8)
+    p, rest = np.asarray([p], jnp.bfloat16), np.int8([rest])
     for dtype in DTYPES:
         before = weights(p, rest)
-        u = jnp.asarray(before * share, dtype)
+        u = np.asarray(before * share, dtype)
         exact = before + np.asarray(u, np.float64)
         new, new_rest = four(p, rest, u, step)
         after = weights(new, new_rest)
@@ -229,15 +235,15 @@ def test_a_weight_lands_on_a_neighbour_of_24_bits(p, rest, share, step):
 
 @pytest.mark.parametrize("keep_rest", [False, True])
 def test_an_update_of_zero_changes_no_bit(keep_rest):
-    every = jnp.asarray(np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16))
+    every = np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16)
     # (Subnormal ones are flushed to zero by the addition itself, on a CPU.)
     size = np.abs(np.asarray(every, np.float32))
     p = every[(size == 0) | (size >= 2.0**-100)]  # without NaN
-    rest = jnp.asarray(np.random.default_rng(0).integers(-128, 128, p.shape), jnp.int8)
-    rest = jnp.where((p == 0) | jnp.isinf(p), jnp.int8(0), rest)
+    rest = np.int8(np.random.default_rng(0).integers(-128, 128, p.shape))
+    rest[(p == 0) | ~np.isfinite(np.float32(p))] = 0
     for zero in (0.0, -0.0):
         for dtype in DTYPES:
-            u = jnp.full(p.shape, zero, dtype)
+            u = np.full(p.shape, zero, dtype)
             new, new_rest = four(p, rest, u) if keep_rest else (three(p, u), rest)
             np.testing.assert_array_equal(words(new), words(p))
             np.testing.assert_array_equal(new_rest, rest)
@@ -246,10 +252,10 @@ def test_an_update_of_zero_changes_no_bit(keep_rest):
 def test_nan_and_inf_pass_and_keep_no_remainder():
     nan = np.uint32([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001]).view(np.float32)
     nan16 = np.uint16([0x7FC0, 0xFFC0, 0x7FFF, 0xFFFF, 0x7F81]).view(jnp.bfloat16)
-    p = jnp.asarray([1.0] * 8 + [np.inf, -np.inf] + [*nan16], jnp.bfloat16)
-    rest = jnp.where(jnp.isfinite(p), jnp.int8(17), jnp.int8(0))
+    p = np.concatenate([np.asarray([1.0] * 8 + [np.inf, -np.inf], jnp.bfloat16), nan16])
+    rest = np.int8([17] * 8 + [0] * 7)
     for dtype, nans in ((jnp.float32, nan), (jnp.bfloat16, nan16)):
-        u = jnp.concatenate([jnp.asarray(nans), jnp.asarray([np.inf, -np.inf, 0.0] + [0.5] * 7, dtype)])
+        u = np.concatenate([nans, np.asarray([np.inf, -np.inf, 0.0] + [0.5] * 7, dtype)])
         expected = [np.nan] * 5 + [np.inf, -np.inf, 1.0, np.inf, -np.inf] + [np.nan] * 5
         for step in range(20):
             new, new_rest = four(p, rest, u, step)
@@ -261,10 +267,10 @@ def test_nan_and_inf_pass_and_keep_no_remainder():
 def test_there_is_no_remainder_where_the_update_does_not_land_on_the_nearest_bfloat16():
     """A bfloat16 u cannot hold the difference of 1 and 1001.37, and no sum below the largest bfloat16 lands on inf."""
     largest = float(jnp.finfo(jnp.bfloat16).max)
-    p, rest = jnp.asarray([1.0078125, largest, 1.0], jnp.bfloat16), jnp.asarray([77, 127, 77], jnp.int8)
-    u = jnp.asarray([1000.0, largest / 512, 2.0**-7], jnp.bfloat16)
+    p, rest = np.asarray([1.0078125, largest, 1.0], jnp.bfloat16), np.int8([77, 127, 77])
+    u = np.asarray([1000.0, largest / 512, 2.0**-7], jnp.bfloat16)
     for step in range(20):
-        new, new_rest = four(p, rest, u, step)
+        new, new_rest = map(np.asarray, four(p, rest, u, step))
         assert new_rest[0] == 0
         assert new_rest[2] in (77, 78)
         assert (float(new[1]), int(new_rest[1])) == (np.inf, 0)
@@ -275,9 +281,9 @@ def test_there_is_no_remainder_where_the_update_does_not_land_on_the_nearest_bfl
 def test_a_step_across_zero_makes_no_nan():
     """p + (p' - p) may land on the zero of the other sign, or beside p': no remainder of p' may stay."""
     rng = np.random.default_rng(0)
-    p = jnp.asarray(rng.normal(size=100_000), jnp.bfloat16)
-    rest = jnp.asarray(rng.integers(-128, 128, p.shape), jnp.int8)
-    for u in (-p, -1.001 * p.astype(jnp.float32), -30 * p, jnp.asarray(rng.normal(size=p.shape), jnp.bfloat16)):
+    p = rng.normal(size=100_000).astype(jnp.bfloat16)
+    rest = np.int8(rng.integers(-128, 128, p.shape))
+    for u in (-p, np.float32(-1.001) * np.float32(p), -jnp.bfloat16(30) * p, rng.permutation(p)):
         new, new_rest = four(p, rest, u)
         after, nearest = weights(new, new_rest), np.asarray(new, np.float64)
         assert np.isfinite(after).all()
@@ -285,7 +291,7 @@ def test_a_step_across_zero_makes_no_nan():
         assert (abs(after - nearest) <= 2.0**-8 * abs(nearest)).all()
         assert not np.asarray(new_rest)[nearest == 0].any()
     # A parameter that somebody has set to zero has lost its remainder.
-    np.testing.assert_array_equal(weights(jnp.zeros(256, jnp.bfloat16), jnp.arange(-128, 128).astype(jnp.int8)), 0.0)
+    np.testing.assert_array_equal(weights(np.zeros(256, jnp.bfloat16), np.arange(-128, 128, dtype=np.int8)), 0.0)
 
 
 # --- Trees and errors -------------------------------------------------------------------------------------
@@ -379,11 +385,11 @@ def test_errors_name_the_way_out():
 
 
 def test_the_rounding_depends_on_the_place_the_step_and_the_values_alone():
-    p, u = normal((512,), jnp.bfloat16), normal((512,), jnp.bfloat16, seed=1) * jnp.bfloat16(1e-3)
+    p, u = np.asarray(gaussian(512)), np.asarray(gaussian(512, seed=1)) * jnp.bfloat16(1e-3)
     expected = words(three(p, u, 3))
-    np.testing.assert_array_equal(words(three(p.reshape(16, 32), u.reshape(16, 32), 3)).ravel(), expected)
-    tree = three({"a": -p, "b": p}, {"a": u, "b": u}, 3)
-    np.testing.assert_array_equal(words(tree["b"]), expected)
+    tree = three({"a": -p, "b": p, "c": p.reshape(16, 32)}, {"a": u, "b": u, "c": u.reshape(16, 32)}, 3)
+    for name in "bc":
+        np.testing.assert_array_equal(words(tree[name]).ravel(), expected)
     assert (words(three(p, u, 4)) != expected).any()
     assert (words(three(p[::-1], u[::-1], 3)) != expected[::-1]).any()
 
@@ -409,9 +415,9 @@ def test_every_layout_gives_the_same_bits(tx, made):
         return optax.apply_updates(p, updates), state
 
     compiled = jax.jit(step)
-    p = normal((64, 32), jnp.bfloat16)
+    p = gaussian((64, 32))
     for size in (1e-3, 1e-1, 1.0):  # steps as long as the weights land beside the nearest bfloat16
-        g = (size * p.astype(jnp.float32) * normal(p.shape, seed=1)).astype(jnp.bfloat16)
+        g = jnp.asarray(size * np.float32(p) * np.float32(gaussian(p.shape, seed=1)), jnp.bfloat16)
         expected = compiled(p, tx.init(p), g)
         chex.assert_trees_all_equal(step(p, tx.init(p), g), expected)
         for axis_type in (AxisType.Auto, AxisType.Explicit):
@@ -425,7 +431,7 @@ def test_every_layout_gives_the_same_bits(tx, made):
 
 # --- In other people's loops ------------------------------------------------------------------------------
 
-TARGET = 1 + jnp.arange(64) / 64
+TARGET = np.float32(1 + np.arange(64) / 64)
 
 
 def downhill(params, _):
@@ -477,7 +483,7 @@ def test_it_moves_where_rounding_to_nearest_stands_still(loop):
 @pytest.mark.parametrize("loop", LOOPS)
 def test_weights_follow_float32_in_any_wrapper(loop):
     """400 steps of 1e-5, a tenth of bfloat16's distance between 1 and 2; and the weights go back into another state."""
-    params = {"w": jnp.full(256, 1.5, jnp.bfloat16), "b": jnp.full(64, 1.5, jnp.bfloat16)}
+    params = {"w": np.full(256, 1.5, jnp.bfloat16), "b": np.full(64, 1.5, jnp.bfloat16)}
     tx = LOOPS[loop](1e-5, FOUR)
 
     def step(carry, _):
@@ -487,16 +493,16 @@ def test_weights_follow_float32_in_any_wrapper(loop):
 
     run = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), None, length=400)[0])
     ended, state = run(params)
-    ours = params_in_float32(ended, state)
+    ours = widened(ended, state)
     steps = 200 if "MultiSteps" in loop else 400
     expected = 1.5 - 1e-5 * sum(1 / np.sqrt(1 - 0.99 ** (t + 1)) for t in range(steps))
     # A step is rounded by half a unit of 24 bits at most, in the root mean square.
     deviation = 0.5 * 2.0**-15 * np.sqrt(steps)
     np.testing.assert_allclose(np.asarray(ours["w"]).mean(), expected, atol=5 * deviation / np.sqrt(256))
     np.testing.assert_allclose(np.asarray(ours["w"]), expected, atol=6 * deviation)
-    again, filled = params_in_bfloat16(ours, tx.init(params))
+    again, filled = narrowed(ours, tx.init(params))
     chex.assert_trees_all_equal(again["w"], ended["w"])
-    chex.assert_trees_all_equal(params_in_float32(again, filled)["w"], ours["w"])
+    chex.assert_trees_all_equal(widened(again, filled)["w"], ours["w"])
 
 
 SLOW = inner(1e-5)
@@ -504,51 +510,51 @@ SLOW = inner(1e-5)
 
 def test_whole_models_of_flax_and_equinox():
     tx = optax.chain(SLOW, FOUR)
-    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.ones, param_dtype=jnp.bfloat16)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    nnx.jit(nnx.Optimizer.update)(optimizer, model, nnx.state(model, nnx.Param))
     params, state = nnx.state(model, nnx.Param), optimizer.opt_state
     wide = params_in_float32(params, state)
     assert wide["kernel"][...].dtype == jnp.float32
-    assert (wide["kernel"][...] != params["kernel"][...].astype(jnp.float32)).any()
+    assert (np.asarray(wide["kernel"][...]) != np.float32(params["kernel"][...])).any()
     chex.assert_trees_all_equal(params_in_bfloat16(wide, state), (params, state))
     # As Orbax restores them. (A plain parameter may be called "value", too.)
     plain = jax.tree.map(lambda x: {"value": x}, nnx.to_pure_dict(params))
     chex.assert_trees_all_equal(
         params_in_float32(plain, state), jax.tree.map(lambda x: {"value": x}, nnx.to_pure_dict(wide))
     )
-    called = {"critic": {"value": jnp.ones(3, jnp.bfloat16)}, "value": jnp.ones(2, jnp.bfloat16)}
+    called = {"critic": {"value": jnp.ones(3, jnp.bfloat16)}, "value": jnp.ones((2, 3), jnp.bfloat16)}
     kept = FOUR.init(called)
     chex.assert_trees_all_equal(params_in_bfloat16(params_in_float32(called, kept), kept), (called, kept))
 
-    mlp = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0), dtype=jnp.bfloat16)
+    mlp = eqx.nn.MLP(2, 3, 3, 0, key=jax.random.key(0), dtype=jnp.bfloat16)
     grads = eqx.filter(mlp, eqx.is_inexact_array)
-    updates, state = tx.update(grads, tx.init(grads), mlp)
+    updates, state = eqx.filter_jit(tx.update)(grads, tx.init(grads), mlp)
     mlp = eqx.apply_updates(mlp, updates)
     wide = params_in_float32(mlp, state)
     assert wide.activation is mlp.activation
-    assert (wide.layers[0].weight != mlp.layers[0].weight.astype(jnp.float32)).any()
+    assert (np.asarray(wide.layers[0].weight) != np.float32(mlp.layers[0].weight)).any()
     assert eqx.tree_equal(params_in_bfloat16(wide, state), (mlp, state))
 
 
 def test_a_run_resumes_in_a_chain_that_keeps_a_remainder_and_back():
     params, grads = {"w": PARAMS["w"]}, {"w": GRADS["w"]}
     three, four = (optax.chain(SLOW, tx) for tx in (THREE, FOUR))
-    _, state = three.update(grads, three.init(params), params)
+    _, state = update(three, grads, three.init(params), params)
     state = carry_over(state, four.init(params))
-    assert (state[1].rest["w"] == 0).all()
+    assert not np.asarray(state[1].rest["w"]).any()
     assert state[1].step == state[0].count == 1
-    updates, state = four.update(grads, state, params)
+    updates, state = update(four, grads, state, params)
     params = optax.apply_updates(params, updates)
     wrapped = carry_over(state, optax.apply_if_finite(four, 3).init(params))
-    chex.assert_trees_all_equal(params_in_float32(params, wrapped), params_in_float32(params, state))
-    assert (params_in_float32(params, wrapped)["w"] != params["w"].astype(jnp.float32)).any()
+    chex.assert_trees_all_equal(widened(params, wrapped), widened(params, state))
+    assert (np.asarray(widened(params, wrapped)["w"]) != np.float32(params["w"])).any()
 
 
 def test_float32_gradients_keep_what_is_small_beside_a_step():
     """A decay of 1e-6 beside steps of 1e-4, in parameters of 0.02: as docstring and site say, a bfloat16 u loses it."""
     tx = optax.chain(rmsprop(1e-4, weight_decay=0.01), FOUR)
-    signs = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], 4096))
+    signs = np.random.default_rng(0).choice(np.float32([-1, 1]), 4096)
 
     @jax.jit
     def decayed(dtype_of):
@@ -571,9 +577,8 @@ def test_float32_gradients_keep_what_is_small_beside_a_step():
 def test_three_bytes_train_the_digits_as_float32_does(state_dtype):
     """At a rate at which rounding to nearest loses most steps."""
     inner = rmsprop(5e-5, decay=0.99, state_dtype=state_dtype)
-    full = train_digits(rmsprop(5e-5, decay=0.99), 500, 128).mean()
-    nearest = train_digits(inner, 500, 128, jnp.bfloat16).mean()
-    ours = train_digits(optax.chain(inner, THREE), 500, 128, jnp.bfloat16).mean()
+    full = train_digits(rmsprop(5e-5, decay=0.99), 500).mean()
+    nearest, ours = (train_digits(tx, 500, dtype=jnp.bfloat16).mean() for tx in (inner, optax.chain(inner, THREE)))
     # Nearest is far behind; ours is where float32 is, to within a tenth of that gap. (One byte of ν makes steps a few
     # percent longer, and here that is further.)
     assert nearest > full + 0.2
@@ -594,29 +599,24 @@ SPECIAL = {
 def test_float32_weights_keep_24_bits_in_four_bytes(jit):
     rng = np.random.default_rng(0)
     spread = rng.normal(size=10_000) * 10.0 ** rng.integers(-30, 30, 10_000)
-    w = {
-        "w": jnp.asarray(spread, jnp.float32),
-        "special": jnp.asarray([*SPECIAL], jnp.float32),
-        "zero": jnp.asarray([-0.0, np.nan, 1e-45, -1e-45], jnp.float32),
-        "float32": jnp.ones(3),
-        "n": jnp.arange(3),
-    }
-    narrow = {k: x.astype(jnp.bfloat16) if k in ("w", "special", "zero") else x for k, x in w.items()}
+    wide = np.float32([*spread, *SPECIAL, -0.0, np.nan, 1e-45, -1e-45])
+    w = {"w": jnp.asarray(wide), "float32": jnp.ones(3), "n": jnp.arange(3)}
+    narrow = w | {"w": w["w"].astype(jnp.bfloat16)}
     params, state = jit(params_in_bfloat16)(w, FOUR.init(narrow))
     assert jax.tree.map(jnp.result_type, params) == jax.tree.map(jnp.result_type, narrow)
     assert jax.tree.structure(state) == jax.tree.structure(FOUR.init(narrow))
-    back = params_in_float32(params, state)
-    exact = (np.asarray(w["w"]).view(np.uint32) + 0x80) & 0xFFFFFF00
-    np.testing.assert_array_equal(np.asarray(back["w"]).view(np.uint32), exact)
-    np.testing.assert_allclose(params["w"].astype(jnp.float32), back["w"], rtol=2.0**-8)
-    np.testing.assert_allclose(back["special"], np.float32([*SPECIAL.values()]), rtol=2.0**-16)
-    np.testing.assert_array_equal(back["zero"], [-0.0, np.nan, 0.0, 0.0])
-    assert np.signbit(back["zero"][0])
-    np.testing.assert_array_equal(state.rest["zero"], 0)
+    back = np.asarray(jit(params_in_float32)(params, state)["w"])
+    exact = (wide[:10_000].view(np.uint32) + 0x80) & 0xFFFFFF00
+    np.testing.assert_array_equal(back[:10_000].view(np.uint32), exact)
+    np.testing.assert_allclose(np.float32(params["w"])[:10_000], back[:10_000], rtol=2.0**-8)
+    np.testing.assert_allclose(back[10_000:-4], np.float32([*SPECIAL.values()]), rtol=2.0**-16)
+    np.testing.assert_array_equal(back[-4:], [-0.0, np.nan, 0.0, 0.0])
+    assert np.signbit(back[-4])
+    np.testing.assert_array_equal(state.rest["w"][-4:], 0)
     chex.assert_trees_all_equal(params_in_bfloat16(params, state), (params, state))
     # The next step moves the weights from there.
     updates, _ = FOUR.update(jax.tree.map(jnp.zeros_like, narrow), state, params)
-    np.testing.assert_array_equal(optax.apply_updates(params, updates)["w"], params["w"])
+    np.testing.assert_array_equal(np.asarray(optax.apply_updates(params, updates)["w"])[:-4], params["w"][:-4])
 
 
 def test_float64_and_complex_parameters_stay_as_they_are(x64):
@@ -637,7 +637,7 @@ def test_float64_and_complex_parameters_stay_as_they_are(x64):
 
 def test_weights_on_a_mesh_keep_their_shardings():
     for axis_type in (AxisType.Auto, AxisType.Explicit):
-        w = jax.device_put(normal((64, 8)), NamedSharding(mesh_of(axis_type), P("x")))
+        w = jax.device_put(jnp.ones((64, 8)), NamedSharding(mesh_of(axis_type), P("x")))
         for f in (params_in_bfloat16, jax.jit(params_in_bfloat16)):
             params, state = f(w, FOUR.init(w.astype(jnp.bfloat16)))
             for x in (params, state.rest, params_in_float32(params, state)):
@@ -651,9 +651,9 @@ def test_the_derivative_of_params_in_float32_is_that_of_a_cast(transform):
     loss = transform(lambda p: (params_in_float32(p, state) ** 2).sum())
     wide = params_in_float32(p, state)
     np.testing.assert_array_equal(jax.grad(loss)(p), (2 * wide).astype(jnp.bfloat16))
-    np.testing.assert_array_equal(jax.jvp(loss, (p,), (p,))[1], (2 * wide * p.astype(jnp.float32)).sum())
-    np.testing.assert_array_equal(jax.hessian(loss)(p), 2 * np.eye(3))
-    rows = jax.vmap(jax.grad(lambda p, rest: params_in_float32(p, state._replace(rest=rest)).sum()))
+    np.testing.assert_array_equal(jax.jvp(loss, (p,), (p,))[1], (2 * np.asarray(wide) * np.float32(p)).sum())
+    np.testing.assert_array_equal(jax.jit(jax.hessian(loss))(p), 2 * np.eye(3))
+    rows = jax.jit(jax.vmap(jax.grad(lambda p, rest: params_in_float32(p, state._replace(rest=rest)).sum())))
     np.testing.assert_array_equal(rows(p[:, None], state.rest[:, None]), np.ones((3, 1)))
     np.testing.assert_array_equal(params_in_float32(wide, state), wide)  # float32 leaves have their remainder
 
@@ -662,7 +662,7 @@ def test_derivatives_of_rounded_updates_are_zero():
     p, rest = jnp.asarray([1.0, 0.0, -3.0]).astype(jnp.bfloat16), jnp.asarray([1, 0, 100], jnp.int8)
     u = jnp.asarray([1e-3, 0.0, 1.0])
     for f in (lambda p, u: three(p, u).sum(), lambda p, u: four(p, rest, u)[0].sum()):
-        chex.assert_trees_all_equal(jax.grad(f, argnums=(0, 1))(p, u), (jnp.ones_like(p), jnp.zeros_like(u)))
+        chex.assert_trees_all_equal(jax.grad(f, argnums=(0, 1))(p, u), (np.ones_like(p), np.zeros_like(u)))
 
 
 def test_what_is_no_state_with_remainders_is_refused():
