@@ -1,6 +1,7 @@
 """The complete scripts in notebooks/scripts, as users run them: killed, started again, and compared bit for bit."""
 
 import collections
+import os
 import pathlib
 import re
 import runpy
@@ -44,20 +45,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def started(out, *command, arguments=ARGUMENTS):
-    return subprocess.Popen(
-        [sys.executable, *map(str, command), *arguments, "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finished(process):
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    assert "Warning" not in stderr, stderr
-    return stdout
+def output(out, *command, arguments=ARGUMENTS, ends=0):
+    """What a run prints. It finds the programs that an earlier run of the test has compiled."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "programs")}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    command = [sys.executable, *map(str, command), *arguments, "--out", str(out)]
+    done = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, check=False)
+    assert done.returncode == ends, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout
 
 
 def manager(folder):
@@ -102,13 +98,11 @@ def test_the_scripts_are_found():
 @pytest.mark.parametrize("script", [x for x in SCRIPTS if x.stem != "train_layers"], ids=lambda path: path.stem)
 def test_a_killed_run_ends_with_the_same_bits(script, tmp_path, subtests, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process, victim = started(whole, script), started(killed, "-c", KILLED, script)
-    stdout = finished(process)
-    victim.communicate()
-    assert victim.returncode == -signal.SIGKILL
+    stdout = output(whole, script)
+    output(killed, "-c", KILLED, script, ends=-signal.SIGKILL)
     assert steps_saved(killed) == [SAVED]
     middle = saved(killed, SAVED)
-    resumed_stdout = finished(started(killed, script))
+    resumed_stdout = output(killed, script)
 
     with subtests.test("bits"):
         assert found(middle, "mini_step") == [SAVED % ACCUMULATED]
@@ -166,12 +160,10 @@ def test_a_killed_run_inside_the_backward_pass_ends_with_the_same_bits(tmp_path)
     (script,) = [x for x in SCRIPTS if x.stem == "train_layers"]
     text = pathlib.Path(__file__).parents[1] / "README.md"
     arguments = ["--text", str(text), "--steps", "15", "--save-every", "5", "--log-every", "5"]
-    stdout = finished(started(whole, script, arguments=arguments))
-    victim = started(killed, "-c", KILLED, script, arguments=arguments)
-    victim.communicate()
-    assert victim.returncode == -signal.SIGKILL
+    stdout = output(whole, script, arguments=arguments)
+    output(killed, "-c", KILLED, script, arguments=arguments, ends=-signal.SIGKILL)
     assert steps_saved(killed) == [5]
-    resumed = finished(started(killed, script, arguments=arguments))
+    resumed = output(killed, script, arguments=arguments)
     end = saved(whole, 15)
     chex.assert_trees_all_equal(saved(killed, 15), end)
     assert stdout.splitlines()[-4:] == resumed.splitlines()[-4:]
