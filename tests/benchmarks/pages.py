@@ -71,23 +71,17 @@ def peaks() -> list[Row]:
 
 def layers() -> list[Row]:
     """The step inside the backward pass, beside the ordinary one."""
-    rows = where(read("layers")["layers"], chip="v5e")
-
-    def peak(devices: int, **wanted: Any) -> Any:
-        found = where([row for row in rows if row["devices"] == devices], **wanted)
-        return "" if not found else "more than 16 GB" if found[0]["peak"] is None else found[0]["peak"]
-
-    return [
-        {
-            "optimizer": label,
-            "parameter and state": only(rows, training_step=name, gradients="of a layer", devices=1)[
-                "parameters and state"
-            ],
-            "peak, v5e, ordinary": peak(1, training_step=name, gradients="of all layers"),
-            "peak, v5e, inside": peak(1, training_step=name, gradients="of a layer"),
-        }
-        for label, name in HELD
-    ]
+    rows, table = [*read("layers")["layers"], *read("gpus")["layers"]], []
+    steps = {"ordinary": "of all layers", "inside": "of a layer"}
+    for label, name in HELD:
+        line: Row = {"optimizer": label}
+        for title, chip in (("v5e", "v5e"), ("H100", "h100")):
+            for step, gradients in steps.items():
+                row = only(rows, chip=chip, training_step=name, gradients=gradients, devices=1)
+                line["parameter and state"] = row.get("parameters and state")
+                line[f"peak, {title}, {step}"] = "more than 16 GB" if row["peak"] is None else row["peak"]
+        table.append(line)
+    return table
 
 
 # --- Programs for TPUs and GPUs ---------------------------------------------------------------------------
@@ -228,7 +222,13 @@ TABLES: dict[str, tuple[Callable[[], list[Row]], dict[str, str]]] = {
             "gpus": f"{ACCELERATORS}gpus.json --chips h100 --parts peaks",
         },
     ),
-    "layers": (layers, {"layers": f"{ACCELERATORS}layers.json --chips v5e --parts layers"}),
+    "layers": (
+        layers,
+        {
+            "layers": f"{ACCELERATORS}layers.json --chips v5e --parts layers",
+            "gpus": f"{ACCELERATORS}gpus.json --chips h100 --parts layers",
+        },
+    ),
     "programs": (
         programs,
         {
