@@ -24,7 +24,7 @@ __all__ = ["bare", "carry_over"]
 def carry_over(state: Any, into: Any, *, allow_new: bool = False) -> Any:
     """Moves a state into a transformation with other options or in other wrappers.
 
-    With this a run resumes after a change of its optimizer: another momentum or `state_dtype`, another wrapper,
+    Use it to resume a run with a changed optimizer: another momentum or `state_dtype`, another wrapper,
     :func:`optax.rmsprop` before or afterwards, a checkpoint of another framework, Flax NNX for Linen.
 
     Every accumulator of `state` goes to the parameter of the same name in `into`. Names are the keys on the way to
@@ -108,7 +108,7 @@ def bare(state: Any, reason: str) -> RMSPropState:
     }
     count, *others = _counts(contents)
     if others:
-        raise ValueError(f"the groups have different counts: {listed([count, *others])}: {_ONE_COUNT}")
+        raise ValueError(f"the groups have different counts: {listed([count, *others])}. {_ONE_COUNT}")
     return RMSPropState(jnp.array(count, jnp.int32), **trees)
 
 
@@ -216,7 +216,7 @@ def _by_key(contents: Contents) -> dict[Key, list[Path]]:
 # --- Compare ----------------------------------------------------------------------------------------------
 
 
-_ONE_COUNT = "Give them one, such as optax.tree.set(state, count=...)"
+_ONE_COUNT = "Set one for all with optax.tree.set(state, count=...)"
 _NO_PLACE = "`into` has no place for it on the same side of RMSProp's state"
 
 
@@ -226,9 +226,9 @@ def _unknown(found: Mapping[Name, Accumulators], old: Contents, new: Contents, a
     places = set().union(*map(_states.names_of, new.states.values()))
     added = [name for name in places if name not in found and not _below(name, absent)]
     if added and not allow_new:
-        yield f"state has nothing for {shown_names(added)}: with allow_new=True they start as they are in `into`"
+        yield f"state has nothing for {shown_names(added)}: pass allow_new=True to start them as `into` has them"
     if lost := [name for name in found if name not in places and not _below(name, left_out)]:
-        yield f"`into` has no place for {shown_names(lost)}: to leave them behind, mask them there with optax.masked"
+        yield f"`into` has no place for {shown_names(lost)}: to drop them, mask them in `into` with optax.masked"
 
 
 def _misfits(moves: Mapping[Path, Move]) -> Iterator[str]:
@@ -240,7 +240,7 @@ def _misfits(moves: Mapping[Path, Move]) -> Iterator[str]:
             yield f"state has {len(sources)} values for {where}, which differ{values}"
         elif not sources:
             if isinstance(x, jax.ShapeDtypeStruct):
-                yield f"`into` has only the shape of {where}, and state no value for it: make it with tx.init(params)"
+                yield f"`into` has only the shape of {where}, and state has no value for it: use into=tx.init(params)"
         elif np.shape(sources[0]) != np.shape(x):
             yield f"{where} has shape {np.shape(sources[0])} in state and {np.shape(x)} in `into`"
         elif slot != "nu" and jnp.iscomplexobj(sources[0]) != jnp.iscomplexobj(x):  # Optax's ν is complex
@@ -259,10 +259,10 @@ def _lost(old: Contents, new: Contents, reason: str) -> Iterator[str]:
             continue
         accumulates = key.kind is optax.MultiStepsState
         if (key.field == "acc_grads" and half) if accumulates else _is_average(key, old.arrays[path]):
-            lost.append(keystr(path) + (", gradients of half an update" if accumulates else ""))
+            lost.append(keystr(path) + (", gradients of an unfinished update" if accumulates else ""))
     if lost:
         itself = listed(f"state{keystr(path)}" for path in old.states)
-        yield f"state also holds {listed(lost)}: {reason}. To leave it behind, pass RMSProp's own state, {itself}"
+        yield f"state also holds {listed(lost)}: {reason}. To drop it, pass RMSProp's own state, {itself}"
 
 
 def _exchanged_buffers(found: Mapping[Name, Accumulators], new: Contents, moves: Mapping[Path, Move]) -> Iterator[str]:
@@ -271,8 +271,8 @@ def _exchanged_buffers(found: Mapping[Name, Accumulators], new: Contents, moves:
     kept = any(move.slot == "trace" for move in moves.values())
     if traces and not kept and any(x.trace is not None for x in found.values()):
         yield (
-            f"state has a momentum buffer of RMSProp, and `into` has optax.trace, {listed(map(keystr, traces))}, whose "
-            "buffer is another: carry over into a state without momentum first, and from there into this one"
+            f"state has RMSProp's momentum buffer, but `into` has optax.trace at {listed(map(keystr, traces))}, which "
+            "keeps another: carry over into a state without momentum first, and then from that into this one"
         )
 
 

@@ -14,14 +14,16 @@ import numpy as np
 from jax.core import Tracer
 
 
-__all__ = ["count", "equals", "flag", "is_traced", "limit", "number", "off", "plain", "positive", "refuse"]
+__all__ = ["COUNTS", "count", "equals", "flag", "is_traced", "limit", "number", "off", "plain", "positive", "refuse"]
+
+COUNTS = "a whole number from {} to 2147483647"  # from which limit, for errors
 
 
 def number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -> Any:
     """Checks a number in [lower, upper]."""
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         if value.shape != ():
-            raise ValueError(f"{name} has shape {value.shape}: allowed is a scalar (vmap over the transformation)")
+            raise ValueError(f"{name} has shape {value.shape}: allowed is a scalar. For several, use jax.vmap")
         if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
             raise TypeError(f"{name} has dtype {value.dtype}: allowed is a real number")
         if isinstance(value, jax.Array):
@@ -32,9 +34,9 @@ def number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -
         number = float(value)
     except OverflowError:
         number = math.inf
-    allowed = "a finite number" + ("" if lower == -math.inf else f" in [{lower:g}, {upper:g}]")
+    limits = f" in [{lower:g}, {upper:g}]" if upper < math.inf else f" of at least {lower:g}" * (lower > -math.inf)
     if not (lower <= number <= upper and abs(number) <= float(np.finfo(np.float32).max)):
-        raise ValueError(f"{name}={reprlib.repr(value)}: allowed is {allowed} that float32 can hold")
+        raise ValueError(f"{name}={reprlib.repr(value)}: allowed is a finite number{limits} that float32 can hold")
     return number
 
 
@@ -90,12 +92,11 @@ def count(name: str, value: Any, lower: int = 0) -> int:
     Whole numbers in 0-d arrays of any real dtype are integers: PyTorch counts in float32.
     """
     if isinstance(value, Tracer):
-        raise TypeError(f"{name} is traced: make it static, with optax.inject_hyperparams by static_args")
+        raise TypeError(f"{name} is traced: make it static. With optax.inject_hyperparams, name it in static_args")
     number = plain(np.asarray(value) if isinstance(value, jax.Array) else value)
     whole = isinstance(number, int) or (isinstance(number, float) and value is not number and number.is_integer())
     if not whole or isinstance(number, bool) or not lower <= number <= np.iinfo(np.int32).max:
-        allowed = f"an integer of at least {lower} that int32 can hold"
-        raise ValueError(f"{name}={reprlib.repr(value)}: allowed is {allowed}")
+        raise ValueError(f"{name}={reprlib.repr(value)}: allowed is {COUNTS.format(lower)}")
     return int(number)
 
 
@@ -105,8 +106,8 @@ def refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:
         return
     if is_traced(value) or is_traced(neutral):
         raise ValueError(
-            f"{name} is a JAX array, and not available here: {remedy}. "
-            "optax.inject_hyperparams makes arrays of all numbers: add it to static_args"
+            f"{name} is a JAX array, but the argument is not available here: {remedy}. "
+            "optax.inject_hyperparams makes arrays of all numbers: name it in static_args"
         )
     if not equals(value, neutral):
         raise ValueError(f"{name}={value!r} is not available here: {remedy}")

@@ -52,7 +52,7 @@ class Dialect(NamedTuple):
         rates = {name: given.pop(name) for name in (self.own, "learning_rate") if given.get(name) is not None}
         if len(rates) > 1:
             raise ValueError(
-                f"{self.own} and learning_rate are two names of one argument: give one of them, got {rates}"
+                f"{self.own} and learning_rate are two names of one argument: pass one of them, got {rates}"
             )
         name, rate = next(iter(rates.items()), (self.own, self.learning_rate))
         if not (rate is None or callable(rate)):
@@ -125,7 +125,7 @@ def dialect(
 def dialect_of(function: Callable[..., Any]) -> Dialect:
     """What becomes of the arguments of a function of this module."""
     if function not in DIALECTS:
-        raise TypeError(f"{function!r} is no dialect: allowed are {', '.join(d.__name__ for d in DIALECTS)}")
+        raise TypeError(f"{function!r} is not a dialect: allowed are {', '.join(d.__name__ for d in DIALECTS)}")
     return DIALECTS[function]
 
 

@@ -109,7 +109,7 @@ def value_and_update(
                 loss(outer, layers, *args)
             except _Reached as reached:
                 return reached.args[0]
-            raise ValueError("loss never calls layers: it must do so once, where the scan over the layers was")
+            raise ValueError("loss never calls layers: call it once, in the place of the scan over the layers")
 
         def value_of(outer: Any, result: Any) -> Any:
             calls = 0
@@ -118,7 +118,7 @@ def value_and_update(
                 nonlocal calls
                 calls += 1
                 if calls > 1:
-                    raise ValueError("loss calls layers twice: each layer is updated once, so its stack is used once")
+                    raise ValueError("loss calls layers twice: call it once, since each layer is updated once")
                 return result
 
             value = loss(outer, layers, *args)
@@ -199,16 +199,16 @@ def _one_by_one(tx: Any, params: Any, state: Any, n: int) -> tuple[Callable[...,
         stacked = jax.tree.map(lambda x, longer: x.shape != longer.shape, ordinary, of_size(n + 1))
         sliced = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct((1,) * k + x.shape[k:], x.dtype), stacked, ordinary)
         if different := _differences(sliced, one):
-            raise ValueError(f"tx makes another state for one layer than for all: {different}. {_OWN_STATES}")
+            raise ValueError(f"tx makes a different state for one layer than for all: {different}. {_OWN_STATES}")
         for (path, x), k in zip(tree_flatten_with_path(ordinary)[0], jax.tree.leaves(stacked), strict=True):
             if not k and (x.dtype == jnp.uint32 or jnp.issubdtype(x.dtype, jax.dtypes.prng_key)):
                 raise ValueError(
-                    f"state{keystr(path)} looks like a key of random numbers, and all layers would get the same ones: "
-                    "draw them in loss or layer, or without value_and_update"
+                    f"state{keystr(path)} looks like a random key, which all layers would share: "
+                    "draw random numbers in loss or layer, or do not use value_and_update"
                 )
         return lambda grads, state, params, i: update(grads, state, params, layer=i), stacked
     if _differences(state, jax.eval_shape(jax.vmap(tx.init), params)):
-        raise ValueError(f"state belongs to other parameters or to another tx: {different}. Make it by tx.init(params)")
+        raise ValueError(f"state belongs to other parameters or another tx: {different}. Make it with tx.init(params)")
 
     def vmapped(grads: Any, state: Any, params: Any, i: Any) -> Any:
         return jax.vmap(lambda *of_layer: update(*of_layer, layer=i))(grads, state, params)
@@ -216,7 +216,7 @@ def _one_by_one(tx: Any, params: Any, state: Any, n: int) -> tuple[Callable[...,
     return vmapped, jax.tree.map(lambda _: True, state)
 
 
-_OWN_STATES = "With jax.vmap(tx.init)(params) as the state, each layer has one of its own"
+_OWN_STATES = "Use jax.vmap(tx.init)(params) as the state: then each layer has its own"
 
 
 def _take(tree: Any, i: Any) -> Any:
@@ -266,8 +266,8 @@ def _check_arrays(name: str, tree: Any) -> None:
     for path, x in tree_flatten_with_path(tree)[0]:
         if not isinstance(x, (jax.Array, np.ndarray, np.generic, numbers.Number)):
             raise TypeError(
-                f"{name}{keystr(path)} has type {type(x).__name__}: allowed are arrays. Keep what is no array out of "
-                "it, as eqx.partition(module, eqx.is_array) and nnx.split do, and let loss and layer close over that"
+                f"{name}{keystr(path)} has type {type(x).__name__}: allowed are arrays. Take everything else "
+                "out with eqx.partition(module, eqx.is_array) or nnx.split, and let loss and layer close over it"
             )
 
 
@@ -284,14 +284,14 @@ def _check_level(here: jax.Array, given: Any) -> None:
 def _number_of_layers(params: Any, each: Any) -> int:
     shapes = {f"params{keystr(path)}": jnp.shape(p) for path, p in tree_flatten_with_path(params)[0]}
     if not shapes:
-        raise ValueError("params has no arrays: give those of the layers, stacked in the first axis of each")
+        raise ValueError("params has no arrays: pass those of the layers, stacked along the first axis of each")
     (name, shape), *_ = shapes.items()
     shapes |= {f"each{keystr(path)}": jnp.shape(x) for path, x in tree_flatten_with_path(each)[0]}
     for other, found in shapes.items():
         if not found or found[0] != shape[0]:
             raise ValueError(
-                f"{name} has shape {shape}, and {other} has {found}: the first axis must be that of the layers, and as "
-                "long in all. Stack the layers, as jax.vmap of their init does"
+                f"{name} has shape {shape}, and {other} has {found}: the first axis must be that of the layers, with "
+                "one length in all. Stack the layers, as jax.vmap of their init does"
             )
     return shape[0]
 
@@ -304,13 +304,13 @@ def _check_layer(layer: Callable[..., Any], outer: Any, params: Any, x: Any, eac
         raise TypeError(f"layer returns {type(result).__name__}: allowed is the pair (x, out), where out may be None")
     types = [jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", x) for x in (x, result[0])]
     if types[0] != types[1]:
-        raise TypeError(f"layer makes {types[1]} of x, which was {types[0]}: it must keep structure, shapes and dtypes")
+        raise TypeError(f"layer turns x from {types[0]} into {types[1]}: it must keep structure, shapes and dtypes")
     for name, tree in {"outer": outer, "params": params}.items():
         for path, p in tree_flatten_with_path(tree)[0]:
             if any(p is const for const in jaxpr.consts) and jnp.issubdtype(p.dtype, jnp.inexact):
                 raise ValueError(
-                    f"layer closes over {name}{keystr(path)}, which would get no gradient from there: hand it on, as "
-                    "layers(x, each, shared)"
+                    f"layer closes over {name}{keystr(path)}, which would get no gradient from there: pass it to "
+                    "layer, with layers(x, each, shared)"
                 )
 
 
@@ -342,13 +342,13 @@ def _check_update(update: Callable[..., Any], stacked: Any, params: Any, state: 
         updates, new = _depends(lambda grad, j=j: updated({j: grad}, state, jnp.int32(0)), p[:1])
         if any(jax.tree.leaves(updates[:j] + updates[j + 1 :])):
             raise ValueError(
-                f"tx changes other arrays with the gradient of params{keystr(path)}, as a clip by the global norm "
-                "does. Layers are updated one by one, when the gradients of earlier ones do not exist yet: clip each "
+                f"tx uses the gradient of params{keystr(path)} to change other arrays, as a clip by the global norm "
+                "does. Layers are updated one by one, before the gradients of earlier ones exist: clip each "
                 "array (optax.clip_by_block_rms) or each number (optax.clip)"
             )
         if any(jax.tree.leaves(jax.tree.map(lambda k, depends: depends and not k, stacked, new))):
             raise ValueError(
-                f"tx changes what all layers share in its state with the gradient of params{keystr(path)}. "
+                f"tx uses the gradient of params{keystr(path)} to change a part of its state that all layers share. "
                 f"{_OWN_STATES}"
             )
 
@@ -367,7 +367,7 @@ def _check_update(update: Callable[..., Any], stacked: Any, params: Any, state: 
     lost = lost, jax.tree.map(lambda rounds, placed: rounds and not placed, rounded, layer_matters(wide))
     if any(jax.tree.leaves(lost)):
         raise ValueError(
-            "tx has a wrapper that keeps the argument `layer` from a transformation that rounds at random, and layers "
+            "a wrapper in tx does not pass the argument `layer` to a transformation that rounds at random, so layers "
             "would get other random bits than in a stack. optax.MultiSteps(...).gradient_transformation() is one: use "
             "optax.GradientTransformationExtraArgs(multi_steps.init, multi_steps.update) instead"
         )

@@ -48,14 +48,14 @@ def metrics(
         param_rms        √ mean |p|²            with `params`
         update_to_param  ‖u‖ / ‖p‖              with both
 
-    An `eps_share` near 1 means that ε has taken over. RMSProp is then gradient descent at a rate of α/√ε, or α/ε
-    outside the root. This is what makes the dialects part.
+    An `eps_share` near 1 means that ε has taken over. RMSProp is then gradient descent with a learning rate of α/√ε, or
+    α/ε outside the root. This is where the dialects differ most.
 
     Means are over all elements, so a large parameter weighs more than a small one. Leaves that are masked, `None`,
     integer or empty are left out. If none remains, the numbers are NaN. Squares neither overflow nor vanish.
 
     The learning rate is the one that :func:`optax.inject_hyperparams` keeps, with or without a schedule, under
-    any name that a dialect has for it. Several rates, as in groups of :func:`optax.partition`, have their group
+    any name that a dialect has for it. With several, as in groups of :func:`optax.partition`, each has its group
     in front: `kernels/learning_rate` and `rest/learning_rate`. If groups have different counts, `count` is the
     largest. It is NaN where nothing counts, as in a bare state of :func:`optax.scale_by_rms`.
 
@@ -125,7 +125,7 @@ def metrics(
     """
     eps_in_sqrt, per_leaf = _checks.flag("eps_in_sqrt", eps_in_sqrt), _checks.flag("per_leaf", per_leaf)
     if eps is None and not eps_in_sqrt:
-        raise ValueError("eps_in_sqrt=False says where eps is added: it needs eps, got eps=None")
+        raise ValueError("eps_in_sqrt=False needs eps, got eps=None: pass the eps of the optimizer")
     eps = None if eps is None else _checks.number("eps", eps)
 
     contents = _states.contents_of(state)
@@ -270,7 +270,7 @@ def _learning_rates(contents: _states.Contents, given: Any, count: Any) -> dict[
         rates["/".join([*(keystr((path[i],), simple=True) for i in parts), "learning_rate"])] = rate
     if given is not None:
         if "learning_rate" in rates:
-            raise ValueError("learning_rate is given, and state has an injected one: leave the argument out")
+            raise ValueError("learning_rate is given, but state has an injected one: leave the argument out")
         rates["learning_rate"] = _given_rate(given, count)
     return {name: jnp.asarray(rate, jnp.float32) for name, rate in rates.items()}
 
@@ -280,7 +280,7 @@ def _given_rate(given: Any, count: Any) -> Any:
     if not callable(given):
         return _checks.number("learning_rate", given, lower=-math.inf)
     if not isinstance(count, jax.Array):
-        raise ValueError("nothing in state counts updates, as a schedule needs it: pass the learning rate as a number")
+        raise ValueError("nothing in state counts updates, which a schedule needs: pass the learning rate as a number")
     last = jnp.maximum(count - 1, 0)  # `update` reads a schedule before it counts
     return _checks.number("learning_rate(count)", given(last), lower=-math.inf)
 
@@ -305,7 +305,7 @@ def _updates_for(updates: Any, shapes: Shapes, masked: Collection[Name]) -> dict
     found = _fitting("update", leaves, "state", shapes)
     left = leaves.keys() - found.keys()
     if strange := [name for name in left if not _start(name, masked) and _trains("update", name, leaves[name])]:
-        raise ValueError(f"state has nothing for {shown_names(strange)} of updates: both must be like the parameters")
+        raise ValueError(f"state has nothing for {shown_names(strange)} of updates: pass both of the same model")
     return found
 
 
@@ -313,7 +313,7 @@ def _params_for(params: Any, other: str, shapes: Shapes) -> dict[Name, Any]:
     """The parameters that have an update or, if no updates are given, a state."""
     leaves = _leaves(params)
     if lacking := shapes.keys() - {partner for _, partner in _pairs(leaves, shapes)}:
-        raise ValueError(f"params has nothing for {shown_names(lacking)}: it must have all parameters that are updated")
+        raise ValueError(f"params has nothing for {shown_names(lacking)}: pass all parameters that are updated")
     return _fitting("parameter", leaves, other, shapes)
 
 
@@ -346,7 +346,7 @@ def _fitting(kind: str, leaves: Mapping[Name, Any], other: str, shapes: Shapes) 
         shape, wanted = np.shape(leaves[name]), shapes[partner]
         if shape != wanted and (partner, wanted) != ((), vector):
             raise ValueError(
-                f"{kind}{_states.shown(name)} has shape {shape}, and {other} has {wanted} for it: they must be equal"
+                f"{kind}{_states.shown(name)} has shape {shape}, but {other} has {wanted} for it: they must be equal"
             )
     return found
 

@@ -188,9 +188,8 @@ def _check_state(rule: Rule, state: Any, state_type: type[Any], updates: optax.U
     on = {slot.name for slot in rule.slots}
     for name in state_type._fields[1:]:
         if (name in on) == (getattr(state, name) is None):
-            raise ValueError(
-                f"state.{name} is {'' if name in on else 'not '}None: the state was made with other options"
-            )
+            found = f"state.{name} is {'' if name in on else 'not '}None"
+            raise ValueError(f"{found}: the state was made with other options. Use carry_over(state, tx.init(params))")
 
 
 def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[str, Any]) -> None:
@@ -204,9 +203,8 @@ def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[s
         raise TypeError(f"gradient{keystr(path)} has dtype {dtype}: allowed are floating and complex dtypes")
     for name, other in {"parameter": param, **encoded}.items():
         if other is not None and jnp.shape(other) != jnp.shape(grad):
-            raise ValueError(
-                f"gradient{keystr(path)} has shape {jnp.shape(grad)}, its {name} {jnp.shape(other)}: they must be equal"
-            )
+            found = f"gradient{keystr(path)} has shape {jnp.shape(grad)}"
+            raise ValueError(f"{found}, but its {name} has {jnp.shape(other)}: they must be equal")
     for other in [param, *(encoded[slot.name] for slot in rule.slots if not slot.non_negative)]:
         if other is not None:
             _trees.check_kind(path, grad, other)

@@ -23,7 +23,7 @@ __all__ = ["RMSPropState", "powers", "rmsprop", "scale_by_rms"]
 
 @_pytree.exportable
 class RMSPropState(NamedTuple):
-    """The state of RMSProp: trees shaped like the parameters, or `None` for what an option that is off would need."""
+    """The state of RMSProp: trees shaped like the parameters, or `None` for a slot whose option is off."""
 
     # Updates made so far; shape=(), dtype=int32, stops at the largest.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (tuple.count)
@@ -67,7 +67,7 @@ def rmsprop(
     updates, and NaN and inf give NaN: see :func:`optax.apply_if_finite`. With `eps=0`, a gradient whose square is too
     small for ν counts as zero.
 
-    The positional arguments, their defaults and the numbers are those of :func:`optax.rmsprop`,
+    The positional arguments, their defaults and the results are those of :func:`optax.rmsprop`,
     with two exceptions. With `centered`, Optax subtracts two averages, which gives NaN for a nearly constant gradient,
     and its bias correction starts from a variance of 0. With `bias_correction` and a decay above 0.999, ours computes
     1-ρᵗ without the rounding of ρ to float32.
@@ -86,7 +86,7 @@ def rmsprop(
 
     Args:
         learning_rate: α. A number, or a schedule: a function of the number of past updates.
-            Negative rates ascend.
+            A negative learning rate ascends.
         decay: ρ, in [0, 1]. The average looks back over about 1/(1-ρ) updates.
         eps: ε. Inside the root it is compared with g², outside with |g|.
         initial_scale: ν before the first update. TensorFlow 1 uses 1.
@@ -136,7 +136,7 @@ def rmsprop(
         [ 0.  92.5]
 
         To schedule another number than the learning rate, inject it. Here the decay is 1 - t^-0.8. Injected
-        numbers can be read and set:
+        hyperparameters can be read and set:
 
         >>> tx = optax.inject_hyperparams(rmsprop_jax.rmsprop)(
         ...     learning_rate=1e-3, decay=lambda count: 1 - (count.astype(jnp.float32) + 1) ** -0.8
@@ -160,7 +160,7 @@ def rmsprop(
         <https://arxiv.org/abs/1308.0850>`_, 2013 (centered, with momentum).
     """
     if learning_rate is None:
-        raise ValueError("learning_rate=None: to divide by the root mean square alone, use scale_by_rms")
+        raise ValueError("learning_rate=None: pass a number or a schedule, or use scale_by_rms without one")
     dtype = getattr(decay, "dtype", None)
     if dtype in (jnp.float16, jnp.bfloat16):
         warnings.warn(

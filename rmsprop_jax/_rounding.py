@@ -40,8 +40,8 @@ def round_params_stochastically(keep_rest: bool = False) -> optax.GradientTransf
     between p/2 and 2p, and within three units in the last place otherwise, where a bfloat16 u may not hold
     the difference. An update of zero changes no bit. NaN and inf pass.
 
-    With `keep_rest` the state keeps what is rounded away, in one more byte. Parameter and remainder together are a
-    float of 24 bits, w, which is rounded stochastically below those::
+    With `keep_rest` the state keeps the remainder of the rounding, in one more byte. Parameter and remainder together
+    are a float of 24 bits, w, which is rounded stochastically below those::
 
         w' = w + u, rounded to one of its two neighbours of 24 bits
         p' = the bfloat16 nearest to w',  rest' = w' - p' in units of 2⁻⁸ of p's last place
@@ -161,9 +161,9 @@ def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
 
 
 def params_in_bfloat16(params: optax.Params, state: Any) -> tuple[optax.Params, Any]:
-    """Float32 parameters as bfloat16, with what is cut off in the state: the reverse of :func:`params_in_float32`.
+    """Float32 parameters as bfloat16, with their remainders in the state: the reverse of :func:`params_in_float32`.
 
-    Training goes on in four bytes from a float32 checkpoint, and no weight loses any of its first 24 bits (8 of the
+    Training resumes in four bytes from a float32 checkpoint, and no weight loses any of its first 24 bits (8 of the
     exponent, 16 of the mantissa).
 
     Args:
@@ -192,8 +192,8 @@ def params_in_bfloat16(params: optax.Params, state: Any) -> tuple[optax.Params, 
     remainders = _remainders(params, state)
     if not remainders and any(map(_is_float, jax.tree.leaves(params))):
         raise ValueError(
-            "state keeps no remainder, so that bfloat16 parameters would lose most of their bits: make it for bfloat16 "
-            "parameters with round_params_stochastically(keep_rest=True). To lose them, cast with astype(jnp.bfloat16)"
+            "state keeps no remainder, so bfloat16 parameters would lose most of their bits: make it for bfloat16 "
+            "parameters with round_params_stochastically(keep_rest=True). To drop the bits, use astype(jnp.bfloat16)"
         )
 
     def split(name: Name, p: Any) -> Any:
@@ -202,7 +202,7 @@ def params_in_bfloat16(params: optax.Params, state: Any) -> tuple[optax.Params, 
             return p
         if not _is_float(p):
             at = f"params{_states.shown(name)}"
-            raise TypeError(f"{at} has dtype {p.dtype}, and state has a remainder for it: allowed are floating dtypes")
+            raise TypeError(f"{at} has dtype {p.dtype}, but state has a remainder for it: allowed are floating dtypes")
         upper, remainders[name] = _split(p)
         return upper
 
@@ -228,7 +228,7 @@ def _update(
         if u is None:
             continue
         if has_rest and (p is None) != (rests[i] is None):
-            found = "a remainder, and the parameter is not" if p is None else "no remainder, and the parameter is"
+            found = "a remainder, but the parameter is not" if p is None else "no remainder, but the parameter is"
             raise ValueError(
                 f"state.rest{keystr(path)} has {found} in bfloat16: make the state for these parameters with init, or "
                 "the parameters for this state with params_in_bfloat16"
@@ -237,9 +237,8 @@ def _update(
             continue
         for name, other in {"parameter": p, "state.rest": rests[i]}.items():
             if other is not None and jnp.shape(other) != jnp.shape(u):
-                raise ValueError(
-                    f"update{keystr(path)} has shape {jnp.shape(u)}, its {name} {jnp.shape(other)}: they must be equal"
-                )
+                found = f"update{keystr(path)} has shape {jnp.shape(u)}"
+                raise ValueError(f"{found}, but its {name} has {jnp.shape(other)}: they must be equal")
         new[i], rests[i] = _round_array(_bits.within_stack(seed, layer, p.shape), u, p, rests[i])
     return treedef.unflatten(new), RoundParamsState(step, treedef.unflatten(rests) if has_rest else None)
 
@@ -288,7 +287,7 @@ def _remainders(params: Any, state: Any) -> dict[Name, jax.Array]:
     """The remainders in a state, by the names of their parameters."""
     if states := _states.find(params, lambda x: isinstance(x, (RoundParamsState, RMSPropState))):
         found = next(iter(states.values()))
-        raise TypeError(f"params has a {type(found).__name__} in it: the parameters come first, and then the state")
+        raise TypeError(f"params has a {type(found).__name__} in it: pass the parameters first, and then the state")
     if dicts := _states.find(state, lambda x: isinstance(x, Mapping) and x.keys() == set(RoundParamsState._fields)):
         at = f"state{keystr(next(iter(dicts)))}"
         raise TypeError(f"{at} was restored as a dict: put RoundParamsState(**{at}) there")
@@ -299,8 +298,8 @@ def _remainders(params: Any, state: Any) -> dict[Name, jax.Array]:
     shapes = {_unboxed(name, remainders): getattr(p, "shape", None) for name, p in arrays}
     if wrong := [f"params{_states.shown(name)}" for name, rest in remainders.items() if shapes.get(name) != rest.shape]:
         raise ValueError(
-            f"state has a remainder for {listed(wrong)}, and there is no array of its shape: give the parameters that "
-            "the optimizer was initialized with. (Inside optax.flatten, a remainder is one vector.)"
+            f"state has a remainder for {listed(wrong)}, but params has no array of its shape: pass the parameters "
+            "that the optimizer was initialized with. (Inside optax.flatten, a remainder is one vector.)"
         )
     return remainders
 

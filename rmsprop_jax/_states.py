@@ -110,7 +110,7 @@ class Contents(NamedTuple):
         for twice in repeated(name for _, name, _ in found):
             places = [keystr(path) or "top" for path, name, _ in found if name == twice]
             raise ValueError(
-                f"{len(places)} accumulators for nu{shown(twice)}: {listed(places)}. Pass the state of one of them"
+                f"{len(places)} accumulators for nu{shown(twice)}: {listed(places)}. Pass only one of these states"
             )
         return {name: x for _, name, x in found}
 

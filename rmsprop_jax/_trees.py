@@ -55,7 +55,7 @@ def params_with_gradients(flat: Flat, params: optax.Params | None, option: str, 
         if grad is None:
             continue
         if given[i] is None:
-            raise ValueError(f"params{keystr(path)} is None, and there is a gradient for it")
+            raise ValueError(f"params{keystr(path)} is None, and there is a gradient for it: pass None as the gradient")
         if selected[i] is not None:
             checked_dtype("parameter", path, selected[i])
             kept[i] = selected[i]
@@ -68,7 +68,7 @@ def checked_mask(mask: Any) -> Any:
         # optax.inject_hyperparams calls whatever can be called, with the count.
         raise TypeError(
             f"weight_decay_mask is a single {type(mask).__name__}: allowed are a tree of booleans and a function of "
-            "the parameters; with optax.inject_hyperparams, add it to static_args"
+            "the parameters; with optax.inject_hyperparams, name it in static_args"
         )
     return mask
 
@@ -82,7 +82,7 @@ def _masked(params: optax.Params, mask: Any) -> optax.Params:
             foreign = hasattr(keep, "keys") or hasattr(keep, "append")
             way_out = ". Convert it with OmegaConf.to_container(mask) or mask.to_dict()" if foreign else ""
             raise TypeError(
-                f"the mask{keystr(path)} has type {type(keep).__name__}: allowed are True and False{way_out}"
+                f"weight_decay_mask{keystr(path)} has type {type(keep).__name__}: allowed are True and False{way_out}"
             )
         return subtree if keep else jax.tree.map(lambda _: None, subtree)
 
@@ -91,7 +91,7 @@ def _masked(params: optax.Params, mask: Any) -> optax.Params:
     try:
         return jax.tree.map_with_path(select, tree, params)
     except ValueError as error:
-        raise ValueError(f"the mask must be a tree like the parameters', or a prefix of it: {error}") from None
+        raise ValueError(f"weight_decay_mask must be a tree like the parameters', or a prefix of it: {error}") from None
 
 
 def without_float0(updates: optax.Updates) -> optax.Updates:
@@ -129,7 +129,7 @@ def checked_dtype(kind: str, path: Any, leaf: Any) -> Any:
         way_out = (
             f"Convert it with jnp.asarray({'x.detach().cpu().numpy()' if library == 'torch' else 'np.asarray(x)'})"
         )
-    raise TypeError(f"{kind}{keystr(path)} has {found}: allowed are arrays of numbers of JAX and NumPy. {way_out}")
+    raise TypeError(f"{kind}{keystr(path)} has {found}: allowed are JAX and NumPy arrays of numbers. {way_out}")
 
 
 def check_kinds(updates: optax.Updates, params: Any) -> None:

@@ -5,8 +5,8 @@ Paste the framework's call, leave out the parameters, and it works::
     torch.optim.RMSprop(params, lr=6e-4, alpha=0.99, eps=0.01)   # becomes
     dialects.pytorch(lr=6e-4, alpha=0.99, eps=0.01)
 
-Each function is a row of data: what becomes of every argument, and which options of :func:`rmsprop_jax.rmsprop`
-the call stands for. `python -m rmsprop_jax --dialects` prints the rows side by side.
+Each function is a row of data, which maps the framework's arguments to the options of
+:func:`rmsprop_jax.rmsprop`. `python -m rmsprop_jax --dialects` prints the rows side by side.
 
 The learning rate can be a number or a schedule. Every dialect also takes it as `learning_rate`, which is the
 name in most JAX code. Without either, it is the framework's default.
@@ -58,8 +58,8 @@ def hinton(
 ) -> Recipe:
     """Hinton's slide: g / √E[g²], without any ε.
 
-    The slide gives no learning rate and no first value. The default rate, 0.001, is the one usually quoted; our
-    average starts from zero. A gradient that has always been zero gives an update of zero.
+    The slide gives no learning rate and no first value. The default learning rate, 0.001, is the one usually
+    quoted; our average starts from zero. A gradient that has always been zero gives an update of zero.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,7 +84,7 @@ def graves(
 ) -> Recipe:
     """Graves' RMSProp for handwriting: centered, with momentum, ε inside the root (equations 38 to 45).
 
-    The default rate is 1e-4.
+    The default learning rate is 1e-4.
 
     References:
         `Generating sequences with recurrent neural networks <https://arxiv.org/abs/1308.0850>`_, 2013.
@@ -95,7 +95,7 @@ def graves(
 @_dialect(
     "NeuralQLearner.lua",
     0.00025,
-    refused={"gradient_momentum": ("squared_gradient_momentum", "the two decays must be equal: leave it out")},
+    refused={"gradient_momentum": ("squared_gradient_momentum", "both decays must be equal; leave it out")},
 )
 def dqn(
     learning_rate: optax.ScalarOrSchedule | None = None,
@@ -110,7 +110,7 @@ def dqn(
     What the paper calls "gradient momentum" is the decay of the mean that centers, and
     `min_squared_gradient` is ε. There is no momentum buffer, as `DeepMind confirms
     <https://github.com/google-deepmind/dqn/issues/5>`_. Both decays must be equal, as they are in the
-    paper; `None` means that they are. The default rate is 0.00025.
+    paper; `None` means that they are. The default learning rate is 0.00025.
 
     Example:
         Dopamine's DQN in TensorFlow is :func:`tensorflow1`, with another ε and an average that starts at 1:
@@ -134,7 +134,7 @@ def dqn(
         "weight_decay": "wd",
         "weight_decay_mask": "wd wdregex weight_decay_mask",
     },
-    refused={"momentum": (True, "DreamerV3 takes it and never reads it; beta1=0 turns the average off")},
+    refused={"momentum": (True, "DreamerV3 accepts it but never reads it; pass beta1=0 to turn the average off")},
 )
 def dreamer(
     lr: optax.ScalarOrSchedule | None = None,
@@ -165,8 +165,8 @@ def dreamer(
     :func:`optax.adaptive_grad_clip` clips by units, not by tensors, and gives other numbers. `update` needs
     `params`, unless `agc` and `wd` are off.
 
-    The default rate is 4e-5. It rises linearly over `warmup` updates, and is then constant, or falls until update
-    `anneal`: linearly to `0.1 * lr`, or along a cosine to `0.1 * lr**2`, as in DreamerV3. A schedule for `lr` is
+    The default learning rate is 4e-5. It rises linearly over `warmup` updates, and is then constant, or falls until
+    update `anneal`: linearly to `0.1 * lr`, or along a cosine to `0.1 * lr**2`, as in DreamerV3. A schedule for `lr` is
     multiplied by that shape.
 
     `wdregex` is searched in the path of a parameter, which has "/" between its keys, and in front of a key that
@@ -194,7 +194,7 @@ def dreamer(
         raise ValueError(f"beta1={beta1!r}: allowed is a number in [0, 1), because the average is bias corrected")
     if not _checks.is_traced(end):
         if schedule == "const":
-            _checks.refuse("anneal", end, 0, "it needs schedule='linear' or 'cosine'")
+            _checks.refuse("anneal", end, 0, "pass schedule='linear' or 'cosine' with it")
         elif end <= (0 if _checks.is_traced(warmup) else warmup):
             raise ValueError(f"anneal={end!r}: with schedule={schedule!r} it must be larger than warmup={warmup!r}")
 
@@ -233,8 +233,8 @@ def pytorch(
 ) -> Recipe:
     """`torch.optim.RMSprop`: ε outside the root, learning rate outside the buffer, coupled decay.
 
-    The default rate is 0.01. MindSpore's `mint` and `experimental.optim.RMSprop` follow the same rule. Groups of
-    parameters become :func:`optax.partition`, with one call for each group.
+    The default learning rate is 0.01. MindSpore's `mint` and `experimental.optim.RMSprop` follow the same rule. Groups
+    of parameters become :func:`optax.partition`, with one call for each group.
 
     Example:
         TorchBeast's IMPALA, and torchvision's MobileNetV3, whose ε is the root of TensorFlow's 1e-3:
@@ -273,7 +273,7 @@ def pytorch(
     "timm.optim.RMSpropTF",
     1e-2,
     converted={"decoupled": "decoupled_decay", "weight_decay": "corrected_weight_decay max_lr"},
-    refused={"caution": (False, "its mask compares the gradient with the buffer, which no chain can do")},
+    refused={"caution": (False, "its mask compares the gradient with the buffer, which no chain can do; leave it out")},
     inert="foreach",
 )
 def timm(
@@ -296,11 +296,11 @@ def timm(
 ) -> Recipe:
     """timm's `RMSpropTF`: TensorFlow 1's rule under PyTorch's names, with an average that starts at 1.
 
-    The default rate is 0.01. The factory's `rmsproptf` is this one; its `rmsprop` is PyTorch's with alpha=0.9. The
-    factory decays no parameter of one dimension:
+    The default learning rate is 0.01. The factory's `rmsproptf` is this one; its `rmsprop` is PyTorch's with alpha=0.9.
+    The factory decays no parameter of one dimension:
     `weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)`.
 
-    `corrected_weight_decay` shrinks by λα²/α_max, where α_max is the rate that timm's constructor got. It
+    `corrected_weight_decay` shrinks by λα²/α_max, where α_max is the learning rate that timm's constructor got. It
     acts only with `decoupled_decay`. With a schedule it needs `max_lr`, an argument that timm does not have.
 
     Example:
@@ -316,7 +316,7 @@ def timm(
     if corrected_weight_decay:
         largest = lr if max_lr is None else _checks.positive("max_lr", max_lr)
         if callable(largest) or (max_lr is None and (_checks.is_traced(largest) or largest == 0)):
-            raise ValueError("corrected_weight_decay=True needs max_lr, the rate that timm's constructor got")
+            raise ValueError("corrected_weight_decay=True needs max_lr: pass the lr that timm's constructor got")
         if decoupled_decay and _checks.off(weight_decay) is not None:
             strength = _checks.number("weight_decay", weight_decay)
             options["weight_decay"] = lambda count: strength * _at(lr, count) / largest
@@ -341,7 +341,7 @@ def stable_baselines3(
     """Stable Baselines 3's `RMSpropTFLike`: :func:`pytorch` with ε inside the root and an average that starts at 1.
 
     A2C uses it only with `policy_kwargs=dict(optimizer_class=RMSpropTFLike)`. By default A2C uses
-    `torch.optim.RMSprop`, which is :func:`pytorch`, with alpha=0.99 and eps=1e-5. The default rate is 0.01.
+    `torch.optim.RMSprop`, which is :func:`pytorch`, with alpha=0.99 and eps=1e-5. The default learning rate is 0.01.
 
     References:
         stable_baselines3/common/sb2_compat/rmsprop_tf_like.py, 2.9.2.
@@ -352,7 +352,7 @@ def stable_baselines3(
 @_dialect(
     "pfrl.optimizers.RMSpropEpsInsideSqrt",
     1e-2,
-    refused={"maximize": (False, "PFRL takes it and never reads it; pytorch(maximize=True) has it")},
+    refused={"maximize": (False, "PFRL accepts it but never reads it; use pytorch(maximize=True)")},
     inert="capturable foreach differentiable",
 )
 def pfrl(
@@ -373,7 +373,7 @@ def pfrl(
 ) -> Recipe:
     """PFRL's `RMSpropEpsInsideSqrt`, and the one that A3C shares: :func:`pytorch` with ε inside the root.
 
-    The default rate is 0.01.
+    The default learning rate is 0.01.
 
     References:
         pfrl/optimizers/rmsprop_eps_inside_sqrt.py, 0.4.0.
@@ -385,13 +385,13 @@ def pfrl(
     "bitsandbytes.optim.RMSprop",
     1e-2,
     refused={
-        "momentum": (0, "bitsandbytes takes it and no kernel reads it; pytorch(momentum=...) has it"),
-        "centered": (False, "bitsandbytes refuses it as well; pytorch(centered=True) has it"),
+        "momentum": (0, "bitsandbytes accepts it but no kernel reads it; use pytorch(momentum=...)"),
+        "centered": (False, "bitsandbytes refuses it as well; use pytorch(centered=True)"),
         "optim_bits": (
             32,
-            "its 8 bits are blocks with codebooks of their own; state_dtype=jnp.uint8 is another way to keep one byte",
+            "its 8 bits are blocks with codebooks of their own; pass state_dtype=jnp.uint8 to keep one byte instead",
         ),
-        "args": (None, "chain with the transformation that you need"),
+        "args": (None, "put the transformation that you need around it with optax.chain"),
     },
     inert="min_8bit_size",
 )
@@ -412,7 +412,7 @@ def bitsandbytes(
 ) -> Recipe:
     """`bitsandbytes.optim.RMSprop` with 32 bits: :func:`pytorch` without momentum and centering.
 
-    The default rate is 0.01.
+    The default learning rate is 0.01.
 
     References:
         bitsandbytes/optim/rmsprop.py, 0.50.2.
@@ -458,7 +458,7 @@ def keras(
 ) -> Recipe:
     """Keras 3, and tf.keras from TensorFlow 2.11 on: ε inside the root, average from 0, decoupled decay.
 
-    The default rate is 0.001. At most one of `clipnorm` (each variable), `global_clipnorm` (all together) and
+    The default learning rate is 0.001. At most one of `clipnorm` (each variable), `global_clipnorm` (all together) and
     `clipvalue` may be set; 0 and less switch them off. `loss_scale_factor` divides the gradients. With
     `gradient_accumulation_steps=k` the mean of k gradients is clipped and makes one update; a schedule then sees
     the count of gradients, as it does in Keras. For what Keras leaves out with `exclude_from_weight_decay`, set
@@ -509,7 +509,7 @@ def tf_keras(
     global_clipnorm: ArrayLike | None = None,
     state_dtype: DTypeLike | None = None,
 ) -> Recipe:
-    """The legacy tf.keras (TensorFlow 2.0 to 2.10, `tf.keras.optimizers.legacy`): :func:`keras` with an ε that moves.
+    """The legacy tf.keras (TensorFlow 2.0 to 2.10, `tf.keras.optimizers.legacy`): :func:`keras` with two places for ε.
 
     With momentum it calls TensorFlow's kernel, which has ε inside the root. Without, it runs Python code
     that has ε outside. A traced momentum counts as momentum, as a tensor does there. `epsilon=0` silently
@@ -591,7 +591,7 @@ def sonnet(
         "centered": (
             False,
             "TensorFlow.js subtracts epsilon under the root, √(v - (m² + ε)), which is NaN for a nearly constant "
-            "gradient; keras(centered=True) adds it",
+            "gradient; use keras(centered=True), which adds it",
         )
     },
 )
@@ -607,7 +607,7 @@ def tensorflowjs(
 ) -> Recipe:
     """TensorFlow.js' `tf.train.rmsprop`: :func:`keras` without its other options.
 
-    `epsilon=None` is 1e-7, as in TensorFlow.js where it computes in float32. There is no default rate.
+    `epsilon=None` is 1e-7, as in TensorFlow.js where it computes in float32. There is no default learning rate.
 
     Example:
         With what `optimizer.getConfig()` returns:
@@ -629,7 +629,7 @@ def tensorflowjs(
     "paddle.optimizer.RMSProp",
     refused={
         "parameters": (None, "pass the parameters to init and update"),
-        "grad_clip": (None, "chain with optax.clip or optax.clip_by_global_norm in front"),
+        "grad_clip": (None, "put optax.clip or optax.clip_by_global_norm in front with optax.chain"),
     },
     inert="name",
 )
@@ -649,7 +649,7 @@ def paddle(
 ) -> Recipe:
     """`paddle.optimizer.RMSProp`: :func:`sonnet` with a coupled decay.
 
-    Its documentation speaks of Nesterov momentum. Its code has plain momentum, and so has this.
+    Its documentation mentions Nesterov momentum, but its code has plain momentum, as has this dialect.
 
     References:
         python/paddle/optimizer/rmsprop.py and rmsprop_kernel_impl.h, 3.3.1.
@@ -673,8 +673,8 @@ def mindspore(
 ) -> Recipe:
     """MindSpore's `nn.RMSProp`: :func:`tensorflow1` with a coupled decay. `loss_scale` divides the gradients.
 
-    The default rate is 0.1. Its documentation and most of its kernels compute this. The vectorized part of its CPU
-    kernel for tensors of eight and more elements (2.10.0, not centered) has ε outside the root. For a run made
+    The default learning rate is 0.1. Its documentation and most of its kernels compute this. The vectorized part of its
+    CPU kernel for tensors of eight and more elements (2.10.0, not centered) has ε outside the root. For a run made
     there, use `rmsprop(..., initial_scale=1.0, eps_in_sqrt=False)`. Its `experimental.optim.RMSprop` is
     :func:`pytorch`.
 
@@ -712,8 +712,8 @@ def optimisers_jl(
 ) -> Recipe:
     """`RMSProp(η, ρ, ϵ; centred)` of Optimisers.jl (Flux): :func:`pytorch` without momentum and decay.
 
-    The default rate is 0.001. Its documentation calls ρ momentum; it is the decay. Momentum is another rule in its
-    chain, with the learning rate in the buffer: `rmsprop(..., eps_in_sqrt=False, momentum=...)`.
+    The default learning rate is 0.001. Its documentation calls ρ momentum; it is the decay. Momentum is another rule in
+    its chain, with the learning rate in the buffer: `rmsprop(..., eps_in_sqrt=False, momentum=...)`.
 
     References:
         Optimisers.jl, src/rules.jl.
@@ -733,7 +733,7 @@ def __dir__() -> list[str]:
 
 
 def options(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
-    """The options of :func:`rmsprop_jax.rmsprop` that a dialect's call stands for, all of them, by name.
+    """The options of :func:`rmsprop_jax.rmsprop` that a call of a dialect stands for: all options by name.
 
     They do not include what happens to the gradients before: clipping, scaling, a flipped sign, accumulation. The
     learning rate is `None` where the framework has no default. Options that act only beside a momentum or a weight
@@ -829,5 +829,5 @@ def _matching(regex: str, params: optax.Params) -> Any:
 
 
 def _unscaled(name: str, factor: Any) -> tuple[optax.GradientTransformation, ...]:
-    """What undoes a loss scale."""
+    """Divides gradients by a loss scale."""
     return () if factor is None else (_gradients.scale(1 / _checks.positive(name, factor)),)

@@ -240,7 +240,7 @@ def test_shapes_are_enough_where_nothing_else_is_needed():
         assert types(there) == types(lean.init(PARAMS))
         assert all((x == 0).all() for x in jax.tree.leaves(there.trace))
     injected = jax.eval_shape(optax.inject_hyperparams(rmsprop)(learning_rate=0.1).init, PARAMS)
-    with pytest.raises(ValueError, match=r"`into` has only the shape of \.hyperparams\['decay'\], and state no value"):
+    with pytest.raises(ValueError, match=r"`into` has only the shape of \.hyperparams\['decay'\], and state has no"):
         carry_over(state, injected)
     new = jax.eval_shape(rmsprop(0.1).init, PARAMS | {"new": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"`into` has only the shape of \.nu\['new'\]"):
@@ -267,17 +267,17 @@ def test_what_a_wrapper_holds_is_kept():
 def test_half_an_accumulation_that_has_no_place():
     for make in (rmsprop, optax.rmsprop):
         with pytest.raises(
-            ValueError, match=r"state also holds \.acc_grads.*, gradients of half an update: `into` has no place"
+            ValueError, match=r"state also holds \.acc_grads.*, gradients of an unfinished update: `into` has no place"
         ):
             carried(accumulating(make(0.1)), rmsprop(0.1), steps=4)
         carried(accumulating(make(0.1)), rmsprop(0.1), steps=3)  # between two updates nothing is lost
     half, into = trained(accumulating(rmsprop(0.1)), steps=4), rmsprop(0.1).init(PARAMS)
     assert jax.jit(carry_over)(half, into).count == 1  # traced, it cannot be seen
     beside = optax.chain(rmsprop(0.1), accumulating(optax.identity()))  # not around RMSProp
-    with pytest.raises(ValueError, match=r"\.acc_grads.*, gradients of half an update"):
+    with pytest.raises(ValueError, match=r"\.acc_grads.*, gradients of an unfinished update"):
         carried(accumulating(rmsprop(0.1)), beside, steps=4)
     inside, outside = optax.flatten(accumulating(rmsprop(0.1))), accumulating(optax.flatten(rmsprop(0.1)))
-    with pytest.raises(ValueError, match=r"state also holds \.acc_grads.*, gradients of half an update"):
+    with pytest.raises(ValueError, match=r"state also holds \.acc_grads.*, gradients of an unfinished update"):
         carried(inside, outside, steps=4)
     carried(inside, outside, steps=3)
 
@@ -319,7 +319,7 @@ def test_an_average_stays_on_its_side_of_rmsprop():
     for old, new, place in ((in_front, behind, 0), (behind, in_front, 1)):
         with pytest.raises(
             ValueError,
-            match=rf"state also holds \[{place}\]\.ema.*same side of RMSProp's state\. To leave it .*, state\[{1 - place}\]",
+            match=rf"state also holds \[{place}\]\.ema.*same side of RMSProp's state\. To drop it, .*, state\[{1 - place}\]",
         ):
             carried(old, new)
         # As the error says: the average starts anew.
@@ -494,7 +494,7 @@ def test_freezing_and_unfreezing_by_groups():
 def test_new_parameters_start_as_they_are_in_the_new_state(wrap):
     body, tx = {"body": PARAMS["body"]}, wrap(rmsprop(0.1, momentum=0.9, initial_scale=2.0))
     state, into = trained(tx, body), tx.init(PARAMS)
-    with pytest.raises(ValueError, match=r"state has nothing for \['head'\]: with allow_new=True they start as they"):
+    with pytest.raises(ValueError, match=r"state has nothing for \['head'\]: pass allow_new=True to start them as"):
         carry_over(state, into)
     there = carry_over(state, into, allow_new=True)
     nu, trace = optax.tree.get(there, "nu"), optax.tree.get(there, "trace")
@@ -614,7 +614,7 @@ MISFITS = {
     "new name": (lambda p: rmsprop(0.1).init({**p, "tail": jnp.ones(5)}), r"state has nothing for \['tail'\]"),
     "lost name": (
         lambda p: rmsprop(0.1).init({"head": p["head"]}),
-        r"`into` has no place for \['body'\]\['bias'\], \['body'\]\['kernel'\]: to leave them behind, mask them",
+        r"`into` has no place for \['body'\]\['bias'\], \['body'\]\['kernel'\]: to drop them, mask them",
     ),
     "adam": (lambda p: optax.adam(0.1).init(p), r"no state of RMSProp in `into`, which is a tuple"),
 }
@@ -674,7 +674,7 @@ def test_a_buffer_is_not_exchanged_for_another_one():
     for make in (rmsprop, optax.rmsprop):
         state = trained(make(0.1, momentum=0.9))
         with pytest.raises(
-            ValueError, match=r"has a momentum buffer of RMSProp, and `into` has optax.trace, \[1\]\.trace"
+            ValueError, match=r"has RMSProp's momentum buffer, but `into` has optax.trace at \[1\]\.trace"
         ):
             carry_over(state, ours.init(PARAMS))
         there = carry_over(carry_over(state, rmsprop(0.1).init(PARAMS)), ours.init(PARAMS))  # as the error says
@@ -723,7 +723,7 @@ def test_counts_that_are_equally_near_and_differ():
     tx = optax.chain(optax.scale_by_rms(), *(optax.scale_by_schedule(lambda count: 1.0) for _ in range(2)))
     state, into = tx.init(PARAMS), scale_by_rms().init(PARAMS)
     two = (state[0], state[1]._replace(count=jnp.int32(3)), state[2]._replace(count=jnp.int32(4)))
-    with pytest.raises(ValueError, match=r"state has 2 values for \.count, which differ: 3, 4\. Give them one"):
+    with pytest.raises(ValueError, match=r"state has 2 values for \.count, which differ: 3, 4\. Set one for all"):
         carry_over(two, into)
     assert carry_over(optax.tree.set(two, count=3), into).count == 3  # as the error says
 
@@ -738,7 +738,7 @@ def test_groups_that_have_counted_differently():
     tx = optax.partition({"a": rmsprop(0.1), "b": rmsprop(0.1)}, LABELS)
     state, into = trained(tx), rmsprop(0.1).init(PARAMS)
     differ = in_group_b(state, count=7)
-    with pytest.raises(ValueError, match=r"state has 2 values for \.count, which differ: 3, 7\. Give them one"):
+    with pytest.raises(ValueError, match=r"state has 2 values for \.count, which differ: 3, 7\. Set one for all"):
         carry_over(differ, into)
     assert carry_over(optax.tree.set(differ, count=7), into).count == 7  # as the error says
     with pytest.raises(ValueError, match=r"the groups have different counts: 3, 7"):
@@ -794,7 +794,7 @@ def test_vmapped_accumulations():
     every, many = accumulating(rmsprop(0.1), 2), jnp.ones((3, 2))
     into = jax.vmap(rmsprop(0.1).init)(many)
     _, half = jax.vmap(every.update)(many, jax.vmap(every.init)(many), many)
-    with pytest.raises(ValueError, match="gradients of half an update"):
+    with pytest.raises(ValueError, match="gradients of an unfinished update"):
         carry_over(half, into)
     _, whole = jax.vmap(every.update)(many, half, many)
     assert carry_over(whole, into).count.tolist() == [1, 1, 1]
@@ -995,7 +995,7 @@ def adds(arrays):
 def test_nothing_is_forgotten_in_silence(convert):
     with pytest.raises(
         ValueError,
-        match=r"convert leaves out, .*\['head.weight'\]. To drop one on purpose: arrays\['head.weight'\] = None",
+        match=r"convert leaves out .*\['head.weight'\]. To drop one on purpose, set arrays\['head.weight'\] = None",
     ):
         interop.from_timm(TORCH, ["body.weight", "head.weight"], convert)
 

@@ -25,12 +25,12 @@ NO_COUNTS = [None, True, np.True_, -1, 1.5, 3.0, np.float32(1.5), math.nan, np.i
 
 @pytest.mark.parametrize("value", [*NO_COUNTS, np.array([1, 2]), jnp.arange(2), np.array("3")], ids=repr)
 def test_what_is_no_count_is_refused(value):
-    with pytest.raises(ValueError, match=r"steps=.*: allowed is an integer of at least 0 that int32 can hold"):
+    with pytest.raises(ValueError, match=r"steps=.*: allowed is a whole number from 0 to 2147483647"):
         _checks.count("steps", value)
 
 
 def test_a_count_has_a_lower_limit_and_is_never_traced():
-    with pytest.raises(ValueError, match="steps=1: allowed is an integer of at least 2"):
+    with pytest.raises(ValueError, match="steps=1: allowed is a whole number from 2 to"):
         _checks.count("steps", 1, lower=2)
     with pytest.raises(TypeError, match=r"steps is traced.*static_args"):
         jax.jit(lambda steps: _checks.count("steps", steps))(3)

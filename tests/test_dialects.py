@@ -295,16 +295,16 @@ REFUSED_THERE_TOO = [
     ("tf_keras(clipnorm=1.0, global_clipnorm=1.0)", "only one of clipnorm=1.0 and global_clipnorm=1.0"),
     *((f"keras({clip}=nan)", f"{clip}=nan: allowed is a finite number") for clip in CLIPS),
     *((f"tf_keras({clip}=-1.0)", f"{clip}=-1.0: allowed is a finite number") for clip in CLIPS),
-    ("tf_keras(decay=-0.1)", "decay=-0.1: allowed is a finite number in"),
-    *((f"keras(gradient_accumulation_steps={k})", f"={k}: .*integer of at least 2") for k in (1, 2.0, -2, True)),
+    ("tf_keras(decay=-0.1)", "decay=-0.1: allowed is a finite number of at least 0"),
+    *((f"keras(gradient_accumulation_steps={k})", f"={k}: .*whole number from 2 to") for k in (1, 2.0, -2, True)),
     ("jit(lambda k: keras(gradient_accumulation_steps=k).init(k))(4)", "steps is traced.*static_args"),
     *((f"keras(loss_scale_factor={x})", f"loss_scale_factor={x}.*above 0") for x in (0, -1.0)),
     *((f"mindspore(loss_scale={x})", f"loss_scale={x}.*above 0") for x in (0, -1.0)),
-    ("timm(lambda count: 0.1, corrected_weight_decay=True)", "needs max_lr, the rate that timm's constructor got"),
-    ("timm(0.0, corrected_weight_decay=True)", "needs max_lr, the rate"),
+    ("timm(lambda count: 0.1, corrected_weight_decay=True)", "needs max_lr: pass the lr that timm's constructor got"),
+    ("timm(0.0, corrected_weight_decay=True)", "needs max_lr: pass"),
     ("timm(0.1, corrected_weight_decay=True, max_lr=0.0)", "max_lr=0.0: allowed is a number above 0"),
     ("timm(0.1, max_lr=0.1)", "max_lr=0.1 needs corrected_weight_decay=True"),
-    ("dreamer(anneal=500)", "anneal=500.* is not available here: it needs schedule"),
+    ("dreamer(anneal=500)", "anneal=500.* is not available here: pass schedule"),
     ("dreamer(anneal=500, schedule='cosine')", "anneal=500.*it must be larger than warmup=1000"),
     ("dreamer(anneal=1000, schedule='linear')", "anneal=1000.*it must be larger than warmup=1000"),
     ("dreamer(schedule='cosine')", "anneal=0.*it must be larger than warmup=1000"),
@@ -314,7 +314,7 @@ REFUSED_THERE_TOO = [
     ("dreamer(anneal=nan)", "^anneal=nan: allowed is a"),
     ("dreamer(beta1=1.0)", "^beta1=1.0: allowed is a number in"),
     ("dreamer(beta2=1.1)", "decay=1.1: allowed is a"),
-    ("options(rmsprop)", "rmsprop.* is no dialect: allowed are hinton, graves, "),
+    ("options(rmsprop)", "rmsprop.* is not a dialect: allowed are hinton, graves, "),
     ("pytorch(maximize='yes')", "^maximize='yes' has type str: allowed are True and False"),
     ("timm(decoupled_decay='yes')", "^decoupled_decay='yes' has type str"),
     ("timm(lr_in_momentum='yes')", "^lr_in_momentum='yes' has type str"),
@@ -342,7 +342,7 @@ def test_the_learning_rate_has_two_names_and_a_default(dialect):
     assert tx != dialect(2e-2)
     assert dialects.options(dialect, learning_rate=-1e-2) != dialects.options(dialect)  # ascent
     if own != "learning_rate":
-        with pytest.raises(ValueError, match="are two names of one argument: give one of them"):
+        with pytest.raises(ValueError, match="are two names of one argument: pass one of them"):
             dialect(**{own: 1e-2, "learning_rate": 1e-2})
     for name in {own, "learning_rate"}:
         with pytest.raises(ValueError, match=f"^{name}=nan: allowed is a finite number"):
@@ -416,7 +416,7 @@ INJECTED = {
         {"momentum": 0.0},
         "momentum is a JAX array, .*pytorch.*static_args",
     ),
-    "two decays": (dialects.dqn, {"gradient_momentum": 0.95}, "gradient_momentum is a JAX array, .*: leave it out"),
+    "two decays": (dialects.dqn, {"gradient_momentum": 0.95}, "gradient_momentum is a JAX array, .*; leave it out"),
     "two names": (dialects.pytorch, {"lr": 1e-2}, "lr and learning_rate are two names of one argument"),
     "two clips": (dialects.keras, {"clipnorm": 1.0, "clipvalue": 1.0}, "only one of clipnorm, clipvalue and"),
     "no anneal": (dialects.dreamer, {"schedule": "cosine"}, "anneal=0.*it must be larger than"),
@@ -424,12 +424,12 @@ INJECTED = {
     "a mask as function": (
         dialects.dreamer,
         {"wd": 0.1, "weight_decay_mask": lambda params: jax.tree.map(lambda _: False, params)},
-        "weight_decay_mask is a single bool.*add it to static_args",
+        "weight_decay_mask is a single bool.*name it in static_args",
     ),
     "a mask of one value": (
         rmsprop,
         {"weight_decay": 0.1, "weight_decay_mask": np.True_},
-        "weight_decay_mask is a single.*add it to static_args",
+        "weight_decay_mask is a single.*name it in static_args",
     ),
 }
 
@@ -581,7 +581,7 @@ def test_a_mask_that_does_not_fit_is_refused(mask):
         dialects.dreamer(wd=0.1, weight_decay_mask=mask),
         optax.inject_hyperparams(dialects.dreamer)(learning_rate=0.1, wd=0.1, weight_decay_mask=mask),
     ):
-        with pytest.raises(ValueError, match="the mask must be a tree like the parameters', or a prefix of it"):
+        with pytest.raises(ValueError, match="weight_decay_mask must be a tree like the parameters', or a prefix"):
             tx.update(params, tx.init(params), params)
 
 

@@ -80,7 +80,7 @@ def test_blocks_of_every_length(n, length, hidden):
 @pytest.mark.parametrize(
     ("lost", "changed", "message"),
     [
-        ("absmax1", {"absmax1": np.ones(5)}, "weight has 4160 codes, 5 scales and a table of 256: they do not fit"),
+        ("absmax1", {"absmax1": np.ones(5)}, "weight has 4160 codes, 5 scales and a table of 256, which do not fit"),
         ("qmap1", {}, "table.weight is in 8 bits and lacks qmap1 or absmax1"),
         ("absmax1", {}, "table.weight is in 8 bits and lacks qmap1 or absmax1"),
     ],
@@ -114,7 +114,7 @@ def test_a_second_slot_is_another_optimizer_s_in_8_bits_too():
     checkpoint = state_dict()
     hidden = checkpoint["state"][3][HIDDEN]
     hidden |= {"state2": hidden["state1"], "qmap2": hidden["qmap1"], "absmax2": hidden["absmax1"]}
-    with pytest.raises(ValueError, match="but of Adam or one of its kin: it has state2 of table.weight"):
+    with pytest.raises(ValueError, match="but of Adam or a variant of it: it has state2 of table.weight"):
         interop.from_bitsandbytes(checkpoint, NAMES)
 
 
@@ -134,5 +134,5 @@ def test_adagrad_has_a_decay_of_zero():
 )
 def test_pytorch_s_checkpoint_is_sent_there(group, entry):
     group, entry = group | {"foreach": None, "params": [0]}, entry | {"step": 1}
-    with pytest.raises(ValueError, match="not a checkpoint of bitsandbytes, but perhaps one of PyTorch: from_pytorch"):
+    with pytest.raises(ValueError, match="not a checkpoint of bitsandbytes: if PyTorch wrote it, use from_pytorch"):
         interop.from_bitsandbytes({"state": {0: entry}, "param_groups": [group]}, ["w"])

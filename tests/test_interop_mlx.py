@@ -33,10 +33,10 @@ def test_other_optimizers():
     with pytest.raises(ValueError, match=r"not the checkpoint of MLX's RMSprop, but of .*Lion.*conv.weight.m"):
         interop.from_mlx(OTHERS["Lion"])
     # SGD's momentum is where our ν is, but it has a sign.
-    with pytest.raises(ValueError, match=r"v of .*conv.weight.* is negative: it averages no squares"):
+    with pytest.raises(ValueError, match=r"v of .*conv.weight.* has negative elements"):
         interop.from_mlx(OTHERS["SGD"])
     still = {key: np.zeros_like(x) if key.endswith(".v") else x for key, x in OTHERS["SGD"].items()}
-    with pytest.raises(ValueError, match="every v is 0 after 1 updates, as in MLX's SGD without momentum"):
+    with pytest.raises(ValueError, match="every v is 0 after 1 updates, as in SGD without momentum: pass"):
         interop.from_mlx(still)
 
 
@@ -44,7 +44,7 @@ def test_adagrad_cannot_be_told():
     # Its sums of squares have the same names and signs, and nothing else is in the file. The documentation says so.
     assert set(OTHERS["Adagrad"]) == set(checkpoint())
     assert interop.from_mlx(OTHERS["Adagrad"]).count == 1
-    assert "Nothing in the file tells that" in interop.from_mlx.__doc__
+    assert "Nothing in the file tells" in interop.from_mlx.__doc__
 
 
 class Bfloat16:

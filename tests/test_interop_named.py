@@ -20,13 +20,11 @@ def test_convert_must_use_every_accumulator_once():
     def read(convert):
         return interop.from_pytorch(WHOLE, ["a", "b"], convert)
 
-    with pytest.raises(
-        ValueError, match=r"convert leaves out, or changes the values of, \['b'\], and uses more than once \['a'\]"
-    ):
+    with pytest.raises(ValueError, match=r"convert leaves out or changes \['b'\], and uses \['a'\] more than once"):
         read(lambda x: [x["a"], x["a"]])
-    with pytest.raises(ValueError, match=r"convert leaves out, or changes the values of, \['a'\]"):
+    with pytest.raises(ValueError, match=r"convert leaves out or changes \['a'\]"):
         read(lambda x: [x["a"] - 1, x["b"]])
-    with pytest.raises(ValueError, match=r"convert leaves out, or changes the values of, \['a'\]"):
+    with pytest.raises(ValueError, match=r"convert leaves out or changes \['a'\]"):
         read(lambda x: [x["a"][:1], x["b"]])
     # A tied weight may go to two places, and weights may be split, joined and cast to float32.
     tied = read(lambda x: [x["a"], x["b"], x["a"]])
@@ -36,21 +34,21 @@ def test_convert_must_use_every_accumulator_once():
     many = checkpoint([group(list(range(300)))], {i: entry(float(i)) for i in range(300)})
     names = [f"w{i}" for i in range(300)]
     interop.from_pytorch(many, names, lambda x: [jnp.asarray(v, jnp.float32) for v in x.values()])
-    with pytest.raises(ValueError, match=r"\['w137'\], and uses more than once \['w7'\]"):
+    with pytest.raises(ValueError, match=r"\['w137'\], and uses \['w7'\] more than once"):
         interop.from_pytorch(many, names, lambda x: [x["w7" if k == "w137" else k] for k in x])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.int32, np.complex64], ids=str)
 def test_convert_must_not_cast_to_what_cannot_hold_an_accumulator(dtype):
     with pytest.raises(
-        ValueError, match=rf"convert makes {np.dtype(dtype)} of \['b'\], and accumulators need float32.*after convert"
+        ValueError, match=rf"convert casts \['b'\] to {np.dtype(dtype)}, but accumulators need float32.*after convert"
     ):
         interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {"a": x["a"], "b": jnp.asarray(x["b"], dtype)})
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16], ids=str)
 def test_convert_must_not_round_on_the_way(dtype):
-    with pytest.raises(ValueError, match=r"changes the values of, \['b'\]|['a', 'b']"):
+    with pytest.raises(ValueError, match=r"leaves out or changes \['b'\]|['a', 'b']"):
         interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {k: np.float32(np.asarray(v, dtype)) for k, v in x.items()})
 
 
@@ -80,9 +78,9 @@ def test_a_variance_is_the_difference_in_float64():
 
 def test_convert_back_must_give_the_names():
     state = rmsprop(0.1).init(convert(ORIGIN))
-    with pytest.raises(ValueError, match="convert_back makes, each once: look at fc.bias, x"):
+    with pytest.raises(ValueError, match="convert_back makes, each once: check fc.bias, x"):
         interop.to_pytorch(state, [*NAMES[:2], "x"], convert_back)
-    with pytest.raises(ValueError, match="convert_back makes, each once: look at fc.bias"):
+    with pytest.raises(ValueError, match="convert_back makes, each once: check fc.bias"):
         interop.to_pytorch(state, [*NAMES, "fc.bias"], convert_back)
 
 
@@ -108,7 +106,7 @@ def test_a_checkpoint_has_no_place_for_what_wrappers_hold():
         interop.to_keras(state, lambda tree: tree)
     assert len(interop.to_keras(state[0], lambda tree: tree)) == 2
     many = jax.vmap(rmsprop(0.1).init)(jnp.ones((3, 2)))
-    with pytest.raises(ValueError, match=r"the count has shape \(3,\): take one of the states"):
+    with pytest.raises(ValueError, match=r"the count has shape \(3,\): pass one of the states"):
         interop.to_keras(many, lambda tree: {"w": tree})
 
 
@@ -159,7 +157,7 @@ def test_another_optimizer_is_named_by_what_it_has():
         read_some(x__a=[1])
     with pytest.raises(ValueError, match=r"but of another optimizer: it has file:mom__a$"):
         read_some(mom__a=[1])
-    with pytest.raises(ValueError, match=r"but of one that keeps nothing, as SGD: it has no accumulators"):
+    with pytest.raises(ValueError, match=r"but of one without accumulators, such as SGD: it has no accumulators"):
         read_some()
 
 
@@ -173,12 +171,12 @@ def test_shapes_are_compared():
     with pytest.raises(ValueError, match=r"a has arrays of different shapes: {'ms': \(1,\), 'mom': \(2,\), "):
         read_some(ms__a=[1], mom__a=[1, 2])
     assert read_some(ms__a=[1], mom__a=[1], shapes={"a": (1,)}).nu["a"].shape == (1,)
-    with pytest.raises(ValueError, match=r"'weight': \(2,\)}. Are names in another order\?"):
+    with pytest.raises(ValueError, match=r"'weight': \(2,\)}. Are the names in another order\?"):
         read_some(ms__a=[1], mom__a=[1], shapes={"a": (2,)})
 
 
 def test_a_negative_average_averages_no_squares():
-    with pytest.raises(ValueError, match=r"ms of b is negative: it averages no squares"):
+    with pytest.raises(ValueError, match=r"ms of b has negative elements"):
         read_some(ms__a=[0], mom__a=[-1], ms__b=[-1e-9], mom__b=[1])
     assert jnp.isnan(read_some(ms__a=[np.nan], mom__a=[1]).nu["a"]).all()  # a run that diverged
 
@@ -193,16 +191,14 @@ def test_counts_of_the_caller_and_of_the_checkpoint():
         ValueError, match=r"several counts, which differ: {'x': 3, 'y': 4}. Pass the right one as count"
     ):
         read_some(None, {"x": 3, "y": 4}, **one)
-    with pytest.raises(ValueError, match="does not say how many updates were made: pass count, for schedules"):
+    with pytest.raises(ValueError, match="does not say how many updates were made: pass count, which schedules need"):
         read_some(None, **one)
 
 
 def test_a_name_that_convert_does_not_find():
-    with pytest.raises(
-        ValueError, match=r"convert asks for 'b', the checkpoint has \['a'\]; strip prefixes as `module.` in convert"
-    ):
+    with pytest.raises(ValueError, match=r"convert asks for 'b', but the checkpoint has \['a'\]: strip prefixes"):
         _named.state_of(SOME, entries_of(ms__a=[1], mom__a=[1]), lambda x: x["b"], 7, {})
     dotted = [_named.Entry(slot, "module.fc", np.ones(1), slot) for slot in ("ms", "mom")]
-    with pytest.raises(ValueError, match=r"convert asks for 'fc', .*strip prefixes as `module.` in convert"):
+    with pytest.raises(ValueError, match=r"convert asks for 'fc', .*strip prefixes like `module.` there"):
         _named.state_of(SOME, dotted, lambda x: x["fc"], 7, {})
     assert float(_named.state_of(SOME, dotted, lambda x: x["module.fc"], 7, {}).nu[0]) == 1

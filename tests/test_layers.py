@@ -335,7 +335,7 @@ COUPLED = {
 def test_coupled_arrays_are_refused(tx):
     outer, params = parameters()
     with pytest.raises(
-        ValueError, match=r"tx changes other arrays with the gradient of params\['bias'\].*clip_by_block_rms"
+        ValueError, match=r"tx uses the gradient of params\['bias'\] to change other arrays.*clip_by_block_rms"
     ):
         once(outer, params, tx.init(params), tx)
 
@@ -343,11 +343,11 @@ def test_coupled_arrays_are_refused(tx):
 def test_a_state_that_layers_cannot_share_is_refused():
     outer, params = parameters()
     for tx in (optax.sm3(0.1), optax.contrib.dadapt_adamw(0.1)):
-        with pytest.raises(ValueError, match=r"tx changes (what all layers share|other arrays)"):
+        with pytest.raises(ValueError, match=r"tx uses .* to change (a part of its state that all|other arrays)"):
             once(outer, params, tx.init(params), tx)
     once(outer, params, jax.vmap(optax.sm3(0.1).init)(params), optax.sm3(0.1))
     tx = optax.add_noise(0.1, 0.5, 0)
-    with pytest.raises(ValueError, match=r"state.*rng_key looks like a key.*draw them in loss or layer"):
+    with pytest.raises(ValueError, match=r"state.*rng_key looks like a random key.*draw random numbers in loss"):
         once(outer, params, tx.init(params), tx)
 
 
@@ -373,7 +373,7 @@ def swallow(tx):
 def test_a_wrapper_that_would_change_the_random_bits_is_refused(tx):
     outer, params = parameters(jnp.bfloat16)
     for init in (jax.vmap(tx.init), tx.init):
-        with pytest.raises(ValueError, match=r"keeps the argument `layer`.*optax.GradientTransformationExtraArgs\("):
+        with pytest.raises(ValueError, match=r"does not pass the argument `layer`.*optax.GradientTransformationE"):
             jax.eval_shape(lambda params, init=init: once(outer, params, init(params), tx), params)
     once(outer, params, optax.sgd(0.1).init(params), swallow(optax.sgd(0.1)))  # nothing is rounded
 
@@ -462,14 +462,14 @@ WRONG = {
     "x of another dtype": (
         {"layer": lambda p, x, each, gate: (x.astype(jnp.bfloat16), x[0, 0])},
         TypeError,
-        r"layer makes bfloat16\[16, 8\] of x, which was float32\[16, 8\]",
+        r"layer turns x from float32\[16, 8\] into bfloat16\[16, 8\]",
     ),
     "x of another shape": (
         {"layer": lambda p, x, each, gate: (x[1:], None)},
         TypeError,
-        r"layer makes float32\[15, 8\] of x",
+        r"layer turns x from .* into float32\[15, 8\]",
     ),
-    "x of another structure": ({"layer": lambda p, x, each, gate: ((x, x), None)}, TypeError, "layer makes .* of x"),
+    "x of another structure": ({"layer": lambda p, x, each, gate: ((x, x), None)}, TypeError, "layer turns x from .*"),
     "no pair": ({"layer": lambda p, x, each, gate: x}, TypeError, r"layer returns .*: allowed is the pair \(x, out\)"),
     "keys for other layers": (
         {"loss": lambda outer, layers, tokens, keys: loss(outer, layers, tokens, keys[:2])},

@@ -253,8 +253,8 @@ def test_equinox_applies_updates_that_are_none():
 W = jnp.ones((3, 2))
 BAD_GRADS = {
     "int": ({"a": W, "b": jnp.ones(3, jnp.int32)}, TypeError, r"gradient\['b'\] has dtype int32"),
-    "scalar": ({"a": W, "b": jnp.ones(())}, ValueError, r"gradient\['b'\] has shape \(\), its .* \(3,\)"),
-    "transposed": ({"a": W.T, "b": jnp.ones(3)}, ValueError, r"gradient\['a'\] has shape \(2, 3\), its .* \(3, 2\)"),
+    "scalar": ({"a": W, "b": jnp.ones(())}, ValueError, r"gradient\['b'\] has shape \(\), but its .* \(3,\)"),
+    "transposed": ({"a": W.T, "b": jnp.ones(3)}, ValueError, r"gradient\['a'\] has shape \(2, 3\), but .* \(3, 2\)"),
     "masked": ({"a": W, "b": optax.MaskedNode()}, ValueError, r"no gradient for \['b'\]"),
     "missing": ({"a": W}, ValueError, r"no gradient for \['b'\]"),
     "surplus": ({"a": W, "b": jnp.ones(3), "c": W}, ValueError, r"no \['c'\] in .* for its gradient"),
@@ -293,7 +293,7 @@ def test_a_real_gradient_of_a_complex_parameter_is_refused():
 
 def test_params_of_another_shape_are_named():
     tx = rmsprop(0.1, weight_decay=0.1)
-    with pytest.raises(ValueError, match=r"gradient\['a'\] has shape \(3, 2\), its parameter \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"gradient\['a'\] has shape \(3, 2\), but its parameter has \(3, 1\)"):
         tx.update({"a": W}, tx.init({"a": W}), {"a": jnp.ones((3, 1))})
 
 

@@ -101,7 +101,7 @@ class ListConfig(list):
 @pytest.mark.parametrize("mask", [DictConfig(w=True), ListConfig([True]), lambda params: DictConfig(w=True)])
 def test_a_mask_of_a_configuration_system_is_refused_with_a_way_out(mask):
     tx = rmsprop(0.1, weight_decay=0.1, weight_decay_mask=mask)
-    with pytest.raises(TypeError, match=r"the mask has type (Dict|List)Config.*OmegaConf.to_container.*to_dict\(\)"):
+    with pytest.raises(TypeError, match=r"_mask has type (Dict|List)Config.*OmegaConf.to_container.*to_dict\(\)"):
         tx.update({"w": W}, tx.init({"w": W}), {"w": W})
 
 
@@ -110,10 +110,10 @@ def test_a_mask_that_is_no_tree_of_booleans_is_refused():
         with pytest.raises(TypeError, match="weight_decay_mask is a single .*static_args"):
             rmsprop(0.1, weight_decay=0.1, weight_decay_mask=mask)
     for mask, error, message in (
-        ((1,), TypeError, r"the mask\[0\] has type int: allowed are True and False$"),
-        (("yes",), TypeError, r"the mask\[0\] has type str: allowed are True and False$"),
-        ((jnp.array(True),), TypeError, r"the mask\[0\] has type .*: allowed are True and False$"),
-        ((True, False), ValueError, "the mask must be a tree like the parameters', or a prefix of it"),
+        ((1,), TypeError, r"weight_decay_mask\[0\] has type int: allowed are True and False$"),
+        (("yes",), TypeError, r"weight_decay_mask\[0\] has type str: allowed are True and False$"),
+        ((jnp.array(True),), TypeError, r"weight_decay_mask\[0\] has type .*: allowed are True and False$"),
+        ((True, False), ValueError, "weight_decay_mask must be a tree like the parameters', or a prefix of it"),
     ):
         tx = rmsprop(0.1, weight_decay=0.1, weight_decay_mask=mask)
         with pytest.raises(error, match=message):

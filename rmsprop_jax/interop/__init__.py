@@ -1,4 +1,4 @@
-"""Carry a half-finished run over from another framework, and back.
+"""Resume a run from another framework, or hand one back to it.
 
 Accumulators have the names and shapes of the weights. So the function that converts your weights, from a
 dict of NumPy arrays by name to a tree of parameters, converts them as well::
@@ -10,10 +10,10 @@ dict of NumPy arrays by name to a tree of parameters, converts them as well::
     state = interop.from_pytorch(optimizer, model, convert)
     state = carry_over(state, tx.init(params))
 
-Continue with the dialect of that name, its options and its schedule: the run continues as if it had never stopped.
-:func:`table` says which function reads which file, and which dialect continues.
+Use the dialect of that name with its options and its schedule, and the run resumes as if it had never stopped.
+:func:`table` says which function reads which file, and which dialect resumes the run.
 
-Every `from_` function takes the checkpoint, of which it passes over weights and everything else beside the optimizer,
+Every `from_` function takes the checkpoint, in which it ignores weights and everything else beside the optimizer,
 `convert` (without it the state has the dict itself) and `count`, the updates made so far, which schedules need: `None`
 stands for the checkpoint's own, and is an error where it has none.
 It returns a bare :class:`RMSPropState`, in float32. :func:`rmsprop_jax.carry_over` places it inside wrappers, keeps it
@@ -22,15 +22,15 @@ in fewer bytes, changes options, and checks every path and shape. The `to_` func
 TensorFlow 1, Sonnet, PaddlePaddle and MindSpore keep a momentum even if it is not used. Without momentum, continue with
 `state._replace(trace=None)`.
 
-What does not fit is a `ValueError` that says what, and what to do: names, slots or shapes that differ, or are there
-twice; a slot that is missing though the framework always writes it; the checkpoint of another optimizer, class or
-framework; anything in the place of an array that is no array of numbers; a count that is no integer.
+A checkpoint that does not fit raises a `ValueError` that says why, and what to do: names, slots or shapes that differ,
+or are there twice; a slot that is missing though the framework always writes it; the checkpoint of another optimizer,
+class or framework; an accumulator that is not an array of numbers; a count that is not a whole number.
 Names of compiled or wrapped models begin with `_orig_mod.` or `module.`, which `convert` strips:
 `name.removeprefix("module.")`.
 
 A model may lose a layer on the way, or get a new one, or another one in the place of an old one. `convert` has to use
-every array, so it says which ones it drops. What is new is masked there, and `carry_over` starts it with its first
-value::
+every array, so it says which ones it drops. Mask new parameters there, and `carry_over` starts them with their
+first values::
 
     def convert(arrays):
         arrays["head.weight"] = arrays["head.bias"] = None  # dropped

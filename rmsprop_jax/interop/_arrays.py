@@ -14,11 +14,11 @@ from .. import _checks
 __all__ = ["array", "mapping", "pairs", "updates", "whole"]
 
 
-def array(key: str, x: Any) -> np.ndarray:
+def array(key: str, x: Any, allowed: str = "an array of numbers") -> np.ndarray:
     """Any framework's array in float64, so that E[g²] - E[g]² loses nothing more.
 
     Args:
-        key: what the checkpoint calls it, for errors.
+        key: its name in the checkpoint. This and `allowed` are for errors.
         x: an array or tensor of NumPy, JAX, torch, TensorFlow and so on, or nested lists of numbers, as in JSON.
 
     Raises:
@@ -29,14 +29,14 @@ def array(key: str, x: Any) -> np.ndarray:
     try:
         found = np.asarray(_strided(x))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{key} is a {type(x).__name__} that NumPy cannot read: {error}") from error
+        raise ValueError(f"{key} is a {type(x).__name__} that NumPy cannot read, so convert it: {error}") from error
     if np.iscomplexobj(found):
         raise ValueError(
-            f"{key} is one of the complex accumulators: make real arrays of them, as torch.view_as_real does, and in "
-            "convert a NamedTuple of `real` and `imaginary`. Then use optax.contrib.split_real_and_imaginary(tx)"
+            f"{key} is complex: make real arrays of complex accumulators with torch.view_as_real, and a NamedTuple of "
+            "`real` and `imaginary` in convert. Then use optax.contrib.split_real_and_imaginary(tx)"
         )
     if not (jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)):
-        raise ValueError(f"{key} is {reprlib.repr(x)}: allowed is an array of numbers")
+        raise ValueError(f"{key} is {reprlib.repr(x)}: allowed is {allowed}")
     return found.astype(np.float64)
 
 
@@ -59,7 +59,7 @@ def mapping(checkpoint: Any, content: str = "arrays by name") -> Mapping[str, An
     """The checkpoint, if it is a mapping."""
     if not isinstance(checkpoint, Mapping):
         found = f"checkpoint={reprlib.repr(checkpoint)} is a {type(checkpoint).__name__}"
-        raise ValueError(f"{found}: allowed is a mapping, of {content}. Load a file first, as the documentation shows")
+        raise ValueError(f"{found}: allowed is a mapping of {content}. Load a file first, as the documentation shows")
     return checkpoint
 
 
@@ -87,14 +87,14 @@ def updates(count: Any, stored: Mapping[str, Any]) -> int:
     if len(set(found.values())) > 1:
         raise ValueError(f"the checkpoint has several counts, which differ: {found}. Pass the right one as count")
     if not found:
-        raise ValueError("the checkpoint does not say how many updates were made: pass count, for schedules")
+        raise ValueError("the checkpoint does not say how many updates were made: pass count, which schedules need")
     return next(iter(found.values()))
 
 
 def whole(key: str, x: Any) -> int:
     """A count in any framework's array of one element."""
-    found = array(key, x)
+    found = array(key, x, allowed := _checks.COUNTS.format(0))
     if found.size != 1:
-        raise ValueError(f"{key} has shape {found.shape}: allowed is one integer")
+        raise ValueError(f"{key} has shape {found.shape}: allowed is {allowed}")
     value = found.item()
     return _checks.count(key, int(value) if value.is_integer() else value)

@@ -14,7 +14,7 @@ from ._state_dict import Names, Parameter, parameters, parts_of, state_of_parame
 __all__ = ["from_bitsandbytes"]
 
 NU = "state1"
-RMSPROP = Optimizer("bitsandbytes' RMSprop", {"nu": NU}, others={"state2": "Adam or one of its kin"})
+RMSPROP = Optimizer("bitsandbytes' RMSprop", {"nu": NU}, others={"state2": "Adam or a variant of it"})
 
 # Newer versions hide the arrays of an entry from FSDP under this key.
 HIDDEN = "__bnb_optimizer_quant_state__"
@@ -68,7 +68,7 @@ def _check_is_rmsprop(groups: Sequence[Mapping[str, Any]], entries: Mapping[Any,
     for i, group in enumerate(groups):
         if not {"betas", "eps"} <= set(group) or not all(NU in entry for entry in entries.values() if entry):
             found = f"group {i} has {sorted(group)}"
-            raise ValueError(f"not a checkpoint of bitsandbytes, but perhaps one of PyTorch: from_pytorch ({found})")
+            raise ValueError(f"not a checkpoint of bitsandbytes: if PyTorch wrote it, use from_pytorch ({found})")
         decay, eps = array("betas", group["betas"])[0], array("eps", group["eps"])
         if decay == 0 or eps == 0:
             kind = "Adagrad" if decay == 0 else "SGD, LARS or Lion"
@@ -91,6 +91,6 @@ def _arrays(parameter: Parameter) -> dict[str, Any]:
     lengths = [n for n in (*BLOCKS, codes.size or 1) if -(-codes.size // n) == scales.size]
     if not lengths or table.size != 256:
         found = f"{codes.size} codes, {scales.size} scales and a table of {table.size}"
-        raise ValueError(f"{name} has {found}: they do not fit")
+        raise ValueError(f"{name} has {found}, which do not fit together")
     nu = table[codes] * np.repeat(scales, lengths[0])[: codes.size].reshape(codes.shape)
     return {NU: nu}

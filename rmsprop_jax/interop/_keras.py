@@ -137,7 +137,7 @@ def state_of_variables(
     name = re.sub(r"_\d+$", "", next(iter([*scopes, *folders]), "")).lower()
     _check_is_rmsprop(generation, matches, others, name)
     if twice := repeated(path for path, _ in variables):
-        raise ValueError(f"the checkpoint has {listed(twice)} twice")
+        raise ValueError(f"the checkpoint has {listed(twice)} twice: pass each variable once")
     entries = [Entry(match["slot"], match["weight"], found[path], path) for path, match in matches.items()]
     optimizer = Optimizer("Keras' RMSprop", generation.slots)
     return state_of(optimizer, entries, convert, count, _updates(others, scopes, steps))
@@ -163,12 +163,11 @@ def _check_is_rmsprop(
     unknown = [path for path in others if not re.fullmatch(f"{ITERATION}|{PASSED_OVER}", path)]
     if unknown and all(re.fullmatch(NAMELESS, path) for path in unknown) and name in FOLDERS:
         raise ValueError(
-            f"the variables have no names, but numbers: {listed(unknown)}. Pass the optimizer.variables of the "
-            "model that keras.saving.load_model makes, or model.load_weights fills. Or give them names, as the "
-            "documentation shows"
+            f"the variables have numbers instead of names: {listed(unknown)}. Pass the optimizer.variables of a model "
+            "that keras.saving.load_model made or model.load_weights filled, or name them as the documentation shows"
         )
     slots = [match["slot"] for match in matches.values()]
-    refused = f"not the variables of Keras' RMSprop, but of {name or 'no name'}: "
+    refused = f"not the variables of Keras' RMSprop, but of {name or 'an optimizer without a name'}: "
     if unknown or generation.slots["nu"] not in slots or name in OTHERS:
         raise ValueError(refused + listed(unknown or [*others, *matches]))
     # Keras 3's Adam has a velocity and a momentum as well. By itself it makes the momentum first.
@@ -176,7 +175,7 @@ def _check_is_rmsprop(
     if like_adam and "rms" not in name.replace("_", ""):
         raise ValueError(
             f"{refused}in this order they are Adam's, {listed(matches)}. If they are RMSprop's in alphabetical order, "
-            f"name their scope so: rmsprop/{_last(next(iter(matches)))}"
+            f"put them in a scope called rmsprop: rmsprop/{_last(next(iter(matches)))}"
         )
 
 

@@ -15,7 +15,7 @@ RMSPROP = Optimizer(
     {"nu": "mean_square", "mu": "mean_grad", "trace": "moment"},
     always=("nu", "trace"),
     others={
-        "moment1": "Adam or one of its kin",
+        "moment1": "Adam or a variant of it",
         "stat": "SGD",
         "moments": "Momentum",
         "accum": "Adagrad or Adadelta",
@@ -30,7 +30,7 @@ def from_mindspore(
 
         checkpoint = mindspore.load_checkpoint("net.ckpt")
 
-    Averages start at 1; those of old releases started at 0. Either way they come along.
+    Averages start at 1; those of old releases started at 0. Both are read as they are.
 
     Args:
         checkpoint: arrays by name: `mean_square.fc.weight`, `moment.fc.weight` and, if centered,

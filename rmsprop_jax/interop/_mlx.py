@@ -13,7 +13,7 @@ from ._named import Convert, Entry, Optimizer, state_of
 
 __all__ = ["from_mlx"]
 
-RMSPROP = Optimizer("MLX's RMSprop", {"nu": "v"}, others={"u": "AdaDelta", "m": "Adam, one of its kin, or Lion"})
+RMSPROP = Optimizer("MLX's RMSprop", {"nu": "v"}, others={"u": "AdaDelta", "m": "Adam, a variant of it, or Lion"})
 
 
 def from_mlx(
@@ -24,8 +24,8 @@ def from_mlx(
         mx.save_safetensors("optimizer.safetensors", dict(mlx.utils.tree_flatten(optimizer.state)))
         checkpoint = mx.load("optimizer.safetensors")  # or safetensors.numpy.load_file
 
-    SGD and Adagrad keep one array under the same name. SGD's is refused for its sign. Nothing in the file tells that
-    it is Adagrad's: which of the two it was, only you know.
+    SGD and Adagrad keep one array under the same name. SGD's is refused for its sign. Nothing in the file tells
+    Adagrad's from RMSprop's: make sure that it is RMSprop's.
 
     Args:
         checkpoint: arrays by name: `layers.0.weight.v`, with `step` and `learning_rate`.
@@ -52,7 +52,7 @@ def from_mlx(
     entries = [Entry(slot, weight, arrays[key], key) for key, (weight, _, slot) in parts.items()]
     state = state_of(RMSPROP, entries, convert, count, stored)
     if state.count and not any(x.any() for x in jax.tree.leaves(state.nu)):
-        raise ValueError(f"every v is 0 after {state.count} updates, as in MLX's SGD without momentum")
+        raise ValueError(f"every v is 0 after {state.count} updates, as in SGD without momentum: pass RMSprop's state")
     return state
 
 

@@ -67,7 +67,7 @@ def state_of(
         _check_convert(convert, slots["nu"])
     except KeyError as error:
         found = f"the checkpoint has {sorted(slots['nu'])}"
-        raise ValueError(f"convert asks for {error}, {found}; strip prefixes as `module.` in convert") from error
+        raise ValueError(f"convert asks for {error}, but {found}: strip prefixes like `module.` there") from error
     trees = {slot: convert(dict(arrays)) for slot, arrays in slots.items()}
     if "mu" in trees:
         trees["nu"] = jax.tree.map(_states.variance, trees["nu"], trees["mu"])
@@ -96,7 +96,7 @@ def _by_slot(optimizer: Optimizer, entries: Sequence[Entry]) -> dict[str, Arrays
 def somebody_else(optimizer: Optimizer, kinds: Iterable[str], found: Iterable[Any]) -> ValueError:
     """The error for the checkpoint of another optimizer, which the names of its slots or options give away."""
     kinds, found = set(kinds), listed(found)
-    nothing = "another optimizer" if found else "one that keeps nothing, as SGD"
+    nothing = "another optimizer" if found else "one without accumulators, such as SGD"
     kind = next((kind for slot, kind in optimizer.others.items() if slot in kinds), nothing)
     return ValueError(f"not the checkpoint of {optimizer.title}, but of {kind}: it has {found or 'no accumulators'}")
 
@@ -111,9 +111,9 @@ def _check_slots(
     for name in slots["nu"]:
         shapes = {theirs[slot]: arrays[name].shape for slot, arrays in slots.items()} | {"weight": known.get(name)}
         if len({*shapes.values()} - {None}) > 1:
-            raise ValueError(f"{name} has arrays of different shapes: {shapes}. Are names in another order?")
+            raise ValueError(f"{name} has arrays of different shapes: {shapes}. Are the names in another order?")
     if negative := [name for name, nu in slots["nu"].items() if (nu < 0).any()]:
-        raise ValueError(f"{theirs['nu']} of {listed(negative)} is negative: it averages no squares. Not RMSprop's?")
+        raise ValueError(f"{theirs['nu']} of {listed(negative)} has negative elements: pass the state of RMSprop")
 
 
 def _check_convert(convert: Convert, arrays: Arrays) -> None:
@@ -125,7 +125,7 @@ def _check_convert(convert: Convert, arrays: Arrays) -> None:
     for path, x in leaves.items():
         if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits < 32:
             place = path or "the array"
-            raise ValueError(f"convert makes {x.dtype} of {place}, and accumulators need float32: cast after convert")
+            raise ValueError(f"convert casts {place} to {x.dtype}, but accumulators need float32: cast after convert")
     values = np.concatenate([np.zeros(0), *(np.ravel(x.astype(np.float64)) for x in leaves.values())])
     times = dict(zip(*np.unique(values, return_counts=True), strict=True))
     found = {name: times.get(number[name], 0) for name in arrays}
@@ -133,9 +133,9 @@ def _check_convert(convert: Convert, arrays: Arrays) -> None:
     kept = [name for name in arrays if numbers.get(name, found) is not None]
     if forgotten := [name for name in kept if found[name] < arrays[name].size]:
         twice = [name for name, x in arrays.items() if found[name] > x.size]
-        also = f", and uses more than once {twice}" if twice else ""
-        drop = f"To drop one on purpose: arrays[{forgotten[0]!r}] = None"
-        raise ValueError(f"convert leaves out, or changes the values of, {forgotten}{also}. {drop}")
+        also = f", and uses {twice} more than once" if twice else ""
+        drop = f"To drop one on purpose, set arrays[{forgotten[0]!r}] = None"
+        raise ValueError(f"convert leaves out or changes {forgotten}{also}. {drop}")
 
 
 # --- To a framework ---------------------------------------------------------------------------------------
@@ -145,9 +145,9 @@ def arrays_of(state: Any, convert_back: ConvertBack) -> tuple[np.ndarray, dict[s
     """The reverse of `state_of`: the count, and arrays by our slots and by the weights' names."""
     bare = _carry.bare(state, "a framework's checkpoint has no place for it")
     if np.shape(bare.count):
-        raise ValueError(f"the count has shape {np.shape(bare.count)}: take one of the states that jax.vmap made")
+        raise ValueError(f"the count has shape {np.shape(bare.count)}: pass one of the states that jax.vmap made")
     if masked := [_states.shown(name) for name, x in _states.arrays_of(bare.nu).items() if _states.is_masked(x)]:
-        raise ValueError(f"the state has no accumulators for {listed(masked)}, which were masked")
+        raise ValueError(f"the state has no accumulators for {listed(masked)}, which were masked: unmask them")
     trees = {slot: jax.tree.map(_storage.decode, getattr(bare, slot)) for slot in _states.Accumulators._fields}
     if bare.mu is not None:
         trees["nu"] = jax.tree.map(_states.second_moment, bare.nu, bare.mu)

@@ -19,7 +19,7 @@ RMSPROP = Optimizer(
     {"nu": "mean_square", "mu": "mean_grad", "trace": "momentum"},
     always=("nu", "mu", "trace"),
     others={
-        "moment1": "Adam or one of its kin",
+        "moment1": "Adam or a variant of it",
         "inf_norm": "Adamax",
         "moment": "Adagrad",
         "velocity": "Momentum",

@@ -112,7 +112,7 @@ def to_pytorch(state: Any, names: Names, convert_back: ConvertBack) -> dict[int,
     names = list(names)
     count, slots = arrays_of(state, convert_back)
     if differ := repeated(names) or sorted(slots["nu"].keys() ^ names):
-        raise ValueError(f"names must be those that convert_back makes, each once: look at {listed(differ)}")
+        raise ValueError(f"names must be those that convert_back makes, each once: check {listed(differ)}")
 
     import torch
 
@@ -134,8 +134,8 @@ OTHERS = {
     "dampening": "SGD",
     "lr_decay": "Adagrad",
     "rho": "Adadelta",
-    "betas": "Adam or one of its kin",
-    "exp_avg": "Adam or one of its kin",
+    "betas": "Adam or a variant of it",
+    "exp_avg": "Adam or a variant of it",
 }
 RMSPROP = Optimizer("RMSprop", SLOTS, others=OTHERS)
 # Options of all classes of RMSprop.

@@ -29,8 +29,8 @@ class Parameter(NamedTuple):
         """The first value of an accumulator."""
         if self.shape is None:
             raise ValueError(
-                f"{self.name} never stepped, so its shape is unknown: give names as a mapping to the weights, such as "
-                "dict(model.named_parameters()), or leave out all names that never stepped"
+                f"{self.name} never stepped, so its shape is unknown: pass names as a mapping to the weights, such as "
+                "dict(model.named_parameters()), or leave out all parameters that never stepped"
             )
         return np.full(self.shape, value)
 
@@ -43,7 +43,7 @@ def parts_of(checkpoint: Any) -> tuple[list[dict[str, Any]], dict[Any, Mapping[s
     if checkpoint and all(str(key).startswith(("state.", "param_groups.")) for key in checkpoint):
         checkpoint = _unflattened(checkpoint)
     if not {"state", "param_groups"} <= set(checkpoint):
-        raise ValueError(f"not the state_dict of an optimizer, with state and param_groups: {listed(checkpoint)}")
+        raise ValueError(f"not an optimizer's state_dict: state or param_groups is missing in {listed(checkpoint)}")
     groups = [{**group, "params": [_key(key) for key in group["params"]]} for group in checkpoint["param_groups"]]
     keys = [key for group in groups for key in group["params"]]
     if twice := repeated(keys):
@@ -108,11 +108,11 @@ def parameters(
     stored = _stored(groups, [*group_of], weights)
     if stored is None:
         if given is None:
-            raise ValueError("the checkpoint does not name its parameters: give names, in the order of its groups")
+            raise ValueError("the checkpoint does not name its parameters: pass names, in the order of its groups")
         if len(given) not in (len(group_of), len(stepped)):
             optimizer = f"the optimizer has {len(group_of)} parameters, of which {len(stepped)} have stepped"
             raise ValueError(
-                f"{optimizer}; names has {len(given)}: {given}. Or pass the optimizer itself and its model"
+                f"{optimizer}; names has {len(given)}: {given}. Pass as many, or the optimizer itself and its model"
             )
         keys = dict.fromkeys(group_of if len(given) == len(group_of) else stepped)
         parts = [part for group in groups if (part := [key for key in group["params"] if key in keys])]
@@ -126,7 +126,7 @@ def parameters(
         known = [*stored.values()]
         same_order = weights or given in (None, known, [stored[key] for key in stepped])
         if not same_order or not name_of.keys() >= set(stepped):
-            raise ValueError(f"the checkpoint names its parameters {known}, which names contradicts: {given}")
+            raise ValueError(f"the checkpoint names its parameters {known}, but names is {given}: leave names out")
     return [Parameter(name, group_of[key], entries.get(key) or {}, shapes.get(name)) for key, name in name_of.items()]
 
 
@@ -157,7 +157,7 @@ def _stored(groups: Sequence[Mapping[str, Any]], keys: list[Any], weights: Mappi
         if not lacking:
             return {key: name_of[id(key)] for key in keys}
         if len(lacking) < len(keys):
-            raise ValueError(f"names lacks parameters of the optimizer, of the shapes {listed(lacking)}")
+            raise ValueError(f"names lacks parameters of the optimizer, of shape {listed(lacking)}: pass them all")
     stored = [name for group in groups for name in group.get("param_names") or ()]
     return dict(zip(keys, stored, strict=True)) if keys and len(stored) == len(keys) else None
 
@@ -171,7 +171,7 @@ def _by_shape(groups: list[list[Any]], found: Mapping[Any, Shape], weights: Mapp
         if shapes != [weights[name] for name in names]:
             raise ValueError(
                 f"names is in the model's order, the {len(groups)} groups may be in another, and shapes do not tell "
-                "which weight is which: from_pytorch(optimizer, model), or a list of names in the order of the groups"
+                "which weight is which: pass optimizer and model, or a list of names in the order of the groups"
             )
         name_of |= zip(group, names, strict=True)
     return name_of

@@ -43,8 +43,8 @@ def from_tensorflow1(
     found = {key: match for key, match in matches.items() if match}
     if not found:
         raise ValueError(
-            f"no slots of {name}, which are called */{name}, */{name}_1 and */{name}_2: {listed(checkpoint)}. Keys "
-            "that end in VARIABLE_VALUE are of an object checkpoint of TensorFlow 2, which from_tensorflow2 reads"
+            f"no slots of {name}, which are called */{name}, */{name}_1 and */{name}_2: {listed(checkpoint)}. If "
+            "keys end in VARIABLE_VALUE, this is an object checkpoint of TensorFlow 2: use from_tensorflow2"
         )
     centered = any(match[2] == "_2" for match in found.values())
     slots = {slot: name + suffix for slot, suffix in SUFFIXES[centered].items()}

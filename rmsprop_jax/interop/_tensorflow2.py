@@ -19,7 +19,7 @@ VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 OTHERS = {
-    "m": "Adam or one of its kin",
+    "m": "Adam or a variant of it",
     "momentum": "SGD with momentum",
     "accumulated_momentum": "SGD with momentum",
     "linear": "FTRL",
@@ -81,8 +81,8 @@ def from_tensorflow2(
     """
     found = {key.removesuffix(VALUE): x for key, x in mapping(checkpoint).items() if key.endswith(VALUE)}
     if not found:
-        perhaps = "one of TensorFlow 1 (from_tensorflow1) or a list of variables (from_keras)"
-        raise ValueError(f"no key ends in {VALUE}: no object checkpoint, but perhaps {perhaps}: {listed(checkpoint)}")
+        way_out = "use from_tensorflow1 for TensorFlow 1, or from_keras for a list of variables"
+        raise ValueError(f"no key ends in {VALUE}, as in an object checkpoint: {listed(checkpoint)}. Perhaps {way_out}")
     optimizer, slots = _chosen(found, name)
     own = [key for key in found if key.startswith(f"{optimizer}/") and "/_trainable_variables/" not in key]
     kinds = {match.re for match in slots.values()}
@@ -128,7 +128,7 @@ def _names(checkpoint: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]
     try:
         names = dict(_variables(np.asarray(checkpoint[GRAPH], object).item()))
     except (IndexError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{GRAPH} is not what TensorFlow saved under this key: its bytes") from error
+        raise ValueError(f"{GRAPH} must be the bytes that TensorFlow saved under this key") from error
     if nameless := [key for key in keys if not names.get(key + VALUE)]:
         raise ValueError(f"{GRAPH} has no names for {listed(nameless)}: is it of another checkpoint?")
     return {key: names[key + VALUE] for key in keys}
