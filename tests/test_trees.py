@@ -54,6 +54,17 @@ def test_a_parameter_that_is_none_but_has_a_gradient_is_refused_where_it_would_d
         tx.update({"a": W, "b": W}, tx.init({"a": W, "b": W}), {"a": W, "b": None})
 
 
+@pytest.mark.parametrize("kinds", [(jnp.complex64, jnp.float32), (jnp.float32, jnp.complex64)])
+def test_a_gradient_is_complex_where_its_parameter_is(kinds):
+    grad, param = (jnp.ones(2, dtype) for dtype in kinds)
+    tx = rmsprop(0.1)
+    state = tx.init({"w": grad})
+    with pytest.raises(TypeError, match=r"gradient\['w'\] is .*: both must be real or both complex"):
+        tx.update({"w": grad}, state, {"w": param})
+    for params in (None, {"w": 1.0}, {"v": param, "w": param}):
+        tx.update({"w": grad}, state, params)
+
+
 def test_an_error_lists_a_few_leaves():
     tx, params = rmsprop(0.1), {f"w{i}": W for i in range(100)}
     with pytest.raises(ValueError, match=r"no gradient for \['w0'\].*; and 91 more"):
