@@ -185,13 +185,13 @@ def test_exact_values(options, expected):
 # --- Inputs that break other implementations -------------------------------------------------------------
 
 ALL_FLAGS = grid(FLAGS, [{}, {"momentum": 0.9, "nesterov": True}])
-
-
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]
 
 
-@pytest.mark.parametrize("eps", [1e-8, 0.0])
-@pytest.mark.parametrize(("options", "dtype"), cycled(ALL_FLAGS, [DTYPES[i] for i in (0, 1, 2, 3, 2, 3, 0, 1, 3, 2)]))
+@pytest.mark.parametrize(
+    ("options", "dtype", "eps"),
+    cycled(ALL_FLAGS, [DTYPES[i] for i in (0, 1, 2, 3, 2, 3, 0, 1, 3, 2)], [0.0, 0.0, 1e-8]),
+)
 def test_a_zero_gradient_gives_a_zero_update(options, dtype, eps):
     _, updates, state = follow(rmsprop(1e-3, eps=eps, **options), jnp.zeros((3, 4), dtype), jnp.ones(4, dtype))
     np.testing.assert_array_equal(updates, np.zeros((3, 4)))
@@ -208,22 +208,20 @@ def test_float16_steps_like_float32(gradient):
     assert half[1][0] < 0
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.99, 0.999, 0.9999])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("decay", "dtype"), [(0.9, jnp.float16), (0.99, jnp.bfloat16), (0.999, jnp.float16), (0.9999, jnp.bfloat16)]
+)
 def test_averages_of_half_precision_gradients_are_exact(decay, dtype):
-    gradients = jax.random.normal(jax.random.key(0), (1000, 64)).astype(dtype)
+    gradients = np.random.default_rng(0).normal(size=(1000, 64)).astype(dtype)
     *_, state = follow(scale_by_rms(decay), gradients, jnp.zeros(64, dtype))
     expected = np.zeros(64)
-    for g in np.asarray(gradients, np.float64):
+    for g in gradients.astype(np.float64):
         expected = decay * expected + (1 - decay) * g**2
     assert state.nu.dtype == jnp.float32
     # 1 - decay**1000 in float32 is off by 1000 · 2⁻²⁵ at most.
     np.testing.assert_allclose(state.nu, expected, rtol=3e-5)
     # And it forgets: in bfloat16 0.999 is 1, and nothing ever decays.
-    *_, after = follow(
-        scale_by_rms(0.999), jnp.concatenate([gradients, jnp.zeros((5000, 64), dtype)]), jnp.zeros(64, dtype)
-    )
+    *_, after = follow(scale_by_rms(0.999), np.pad(gradients, ((0, 5000), (0, 0))), jnp.zeros(64, dtype))
     assert after.nu.max() < 0.02
 
 
@@ -244,7 +242,7 @@ def test_the_state_keeps_its_dtype(parameter, gradient):
     [(1.0, 1e-4, 0.0), (1.0, 1e-3, 1e-8), (1.0, 0.0, 0.0), (10.0, 1e-4, 1e-5), (1e-3, 1e-4, 1e-8)],
 )
 def test_nearly_constant_gradients_stay_finite(eps_in_sqrt, eps, c, noise):
-    gradients = c * (1 + noise * jax.random.normal(jax.random.key(0), (2000, 100)))
+    gradients = np.float32(c * (1 + noise * np.random.default_rng(0).normal(size=(2000, 100))))
     options = {"centered": True, "eps": eps, "eps_in_sqrt": eps_in_sqrt}
     params, updates, state = follow(rmsprop(1e-3, **options), gradients, jnp.zeros(100))
     chex.assert_tree_all_finite((params, updates, state))
@@ -303,13 +301,15 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("bias_correction", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_tiny_gradient_makes_no_longer_step_than_in_exact_arithmetic(form, bias_correction):
+@pytest.mark.parametrize(
+    ("form", "bias_correction", "decays"),
+    [(form, on, [(0.0, 0.999), (0.9, 0.99999)][(i + on) % 2]) for i, form in enumerate(FORMS) for on in (False, True)],
+)
+def test_a_tiny_gradient_makes_no_longer_step_than_in_exact_arithmetic(form, bias_correction, decays):
     """Float32 holds no square of a number below 1e-19. Such an average once counted as 0 while ε was smaller still."""
     options = FORMS[form] | {"bias_correction": bias_correction}
     rng = np.random.default_rng(0)
-    for decay, signs in itertools.product((0.0, 0.9, 0.999, 0.99999), (np.ones((60, 1)), rng.normal(size=(60, 1)))):
+    for decay, signs in itertools.product(decays, (np.ones((60, 1)), rng.normal(size=(60, 1)))):
         gradients = (signs * MAGNITUDES).astype(np.float32)
         start = np.zeros_like(MAGNITUDES)
         _, updates, _ = follow(rmsprop(1.0, decay, **options), jnp.asarray(gradients), jnp.asarray(start))
@@ -335,8 +335,8 @@ OTHERS = grid([{}, {"centered": True}, {"eps_in_sqrt": False}, {"momentum": 0.9}
 @pytest.mark.parametrize(("options", "bad"), cycled(OTHERS * 2, [1e19, 3e38, 1e20, -3e38, 1e25, -1e19, 2e20]))
 def test_recovers_from_a_huge_gradient(options, bad):
     tx = rmsprop(1e-3, **options)
-    good = jnp.ones((10, 2)).at[5].set(-1.0)
-    gradients = jnp.concatenate([good, jnp.full((1, 2), bad).at[0, 1].set(1.0), jnp.ones((1500, 2)).at[::2].set(-0.5)])
+    gradients = np.ones((1511, 2), np.float32)
+    gradients[5], gradients[10, 0], gradients[11::2] = -1.0, bad, -0.5
     params, updates, state = follow(tx, gradients, jnp.zeros(2))
     chex.assert_tree_all_finite((params, updates, state))
     # The step itself is as long as a first step, about √1/(1-ρ), and not 1e25 / √largest ...
@@ -349,13 +349,15 @@ def test_recovers_from_a_huge_gradient(options, bad):
 @pytest.mark.parametrize(("options", "decay"), cycled(OTHERS * 2, [0.0, 0.5, 0.9, 0.999, 0.9999, 0.99, 1.0]))
 @pytest.mark.slow
 def test_an_average_of_huge_gradients_stays_finite(options, decay):
-    gradients = jnp.full((500, 2), 3e38).at[1::2, 1].set(-3e38)
+    gradients = np.tile(np.float32([[3e38, 3e38], [3e38, -3e38]]), (250, 1))
     *_, state = follow(rmsprop(1e-3, decay=decay, **options), gradients, jnp.zeros(2))
     chex.assert_tree_all_finite(state)
 
 
-@pytest.mark.parametrize(("options", "state_dtype"), cycled(OTHERS * 2, ["complex64", "float32", "complex64"]))
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    ("options", "state_dtype", "wide"),
+    cycled(OTHERS * 2, ["complex64", "float32", "complex64"], [False, True, True, False]),
+)
 def test_huge_gradients_of_any_precision_leave_room(options, state_dtype, wide):
     """Both components at the limit, and signs that make g - μ twice as large: the bound leaves a factor of 16 for this."""
     with jax.enable_x64(wide):
@@ -363,8 +365,7 @@ def test_huge_gradients_of_any_precision_leave_room(options, state_dtype, wide):
         complex_ = jnp.issubdtype(dtype, jnp.complexfloating)
         size = (1 + 1j if complex_ else 1) * (1e60 if wide else 3e38)
         kind = (jnp.complex128 if complex_ else jnp.float64) if wide else dtype
-        signs = jnp.where(jnp.arange(60) % 7 < 3, 1, -1).astype(kind)
-        gradients = jnp.concatenate([jnp.full(60, size, kind) * signs, jnp.full(2000, 1, kind)])
+        gradients = np.concatenate([size * np.where(np.arange(60) % 7 < 3, 1, -1), np.ones(2000)]).astype(kind)
         tx = rmsprop(1e-3, decay=0.5, **options)
 
         def step(state, g):
@@ -397,9 +398,8 @@ def test_third_derivatives_at_exact_zeros_are_finite(options, eps):
         updates, state = tx.update(g, tx.init(g))
         return (updates + tx.update(g, state)[0]).sum()
 
-    g = jnp.array([0.0, 1.0])
-    for f in (jax.grad(loss), jax.hessian(loss), jax.jacfwd(jax.hessian(loss))):
-        chex.assert_tree_all_finite(jax.jit(f)(g))
+    derivatives = jax.grad(loss), jax.hessian(loss), jax.jacfwd(jax.hessian(loss))
+    chex.assert_tree_all_finite(jax.jit(lambda g: [f(g) for f in derivatives])(jnp.array([0.0, 1.0])))
 
 
 @pytest.mark.parametrize(
@@ -433,9 +433,10 @@ def test_eps_outside_is_exact_where_the_average_is_zero():
         np.testing.assert_allclose(tx.update(jnp.float32(g), tx.init(jnp.float32(0)))[0], -g / eps, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("options", "eps"), cycled(ALL_FLAGS, [1e-8, 0.0, 0.0, 1e-8, 1e-20]))
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "eps", "dtype"),
+    cycled(ALL_FLAGS, [1e-8, 0.0, 0.0, 1e-8, 1e-20], [DTYPES[i] for i in (2, 3, 3, 2)]),
+)
 def test_derivatives_through_updates(options, eps, dtype):
     data = jnp.array([1.0, 0.0, -2.0], dtype)
 
@@ -452,10 +453,8 @@ def test_derivatives_through_updates(options, eps, dtype):
     assert derivatives[0] != 0
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.9])
 @pytest.mark.parametrize("flags", [{}, {"centered": True}, {"bias_correction": True}, {"eps_in_sqrt": False}])
-@pytest.mark.slow
-def test_derivatives_with_respect_to_every_number(flags, decay):
+def test_derivatives_with_respect_to_every_number(flags):
     def loss(numbers):
         rate, decay, eps, momentum, initial_scale = numbers
         tx = rmsprop(rate, decay, eps, initial_scale, momentum=momentum, **flags)
@@ -466,16 +465,18 @@ def test_derivatives_with_respect_to_every_number(flags, decay):
             params = params + updates
         return jnp.sum(params**2)
 
+    losses, *derivatives = (jax.jit(f(loss)) for f in (jax.vmap, jax.grad, jax.jacfwd))
     with jax.enable_x64(True):
-        numbers, h = jnp.array([0.01, decay, 0.1, 0.5, 0.2]), 1e-6
-        # One-sided at decay 0, of second order: below it there is no average.
-        ahead, twice = (jax.vmap(lambda e, k=k: loss(numbers + k * h * e))(jnp.eye(5)) for k in (1, 2))
-        expected = (4 * ahead - twice - 3 * loss(numbers)) / (2 * h)
-        for derivative in (jax.grad(loss)(numbers), jax.jacfwd(loss)(numbers)):
-            chex.assert_tree_all_finite(derivative)
-            # At decay 0 the variance is 0 by a `where`, which hides how it would grow.
-            known = jnp.array([True, not flags.get("centered") or decay > 0, True, True, True])
-            np.testing.assert_allclose(derivative[known], expected[known], rtol=1e-5, atol=1e-7)
+        for decay in (0.0, 0.9):
+            numbers, h = np.array([0.01, decay, 0.1, 0.5, 0.2]), 1e-6
+            # One-sided at decay 0, of second order: below it there is no average.
+            here, ahead, twice = np.asarray(losses(numbers + h * np.kron([[0], [1], [2]], np.eye(5)))).reshape(3, 5)
+            expected = (4 * ahead - twice - 3 * here) / (2 * h)
+            for derivative in (np.asarray(f(numbers)) for f in derivatives):
+                chex.assert_tree_all_finite(derivative)
+                # At decay 0 the variance is 0 by a `where`, which hides how it would grow.
+                known = [True, not flags.get("centered") or decay > 0, True, True, True]
+                np.testing.assert_allclose(derivative[known], expected[known], rtol=1e-5, atol=1e-7)
 
 
 BAD = {
@@ -590,7 +591,7 @@ def test_signatures_extend_those_of_optax():
 # --- Any tree, dtype, magnitude ---------------------------------------------------------------------------
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @example(  # a variance of exactly 0, with a gradient that overflows when it is divided by ε
     gradients=[(0.0, 3.4e8), (0.0, 0.0)],
     dtype=jnp.bfloat16,
@@ -603,7 +604,7 @@ def test_signatures_extend_those_of_optax():
 )
 @given(
     gradients=st.lists(st.tuples(finite_floats, finite_floats), min_size=1, max_size=6),
-    dtype=st.sampled_from([jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]),
+    dtype=st.sampled_from(DTYPES),
     eps=st.sampled_from([0.0, 1e-30, 1e-8, 1.0]),
     decay=st.sampled_from([0.0, 0.5, 0.9, 0.999, 1.0]),
     initial_scale=st.sampled_from([0.0, 1.0]),
@@ -617,15 +618,15 @@ def test_finite_gradients_make_no_nan(gradients, dtype, eps, decay, initial_scal
     state = tx.init(params)
     for g in gradients:
         limit = float(jnp.finfo(dtype).max)
-        g = jnp.clip(jnp.asarray(g), -limit, limit).astype(dtype)
+        g = jnp.asarray(np.clip(np.float32(g), -limit, limit), dtype)
         updates, state = tx.update(g, state, params)
         # g / √ε may be too large for the gradient's dtype; NaN it must never be.
-        assert not jnp.isnan(updates).any()
-        assert jnp.isfinite(_storage.decode(state.nu)).all()
-        assert state.trace is None or state_dtype is None or jnp.isfinite(_storage.decode(state.trace)).all()
+        assert not np.isnan(updates).any()
+        assert np.isfinite(_storage.decode(state.nu)).all()
+        assert state.trace is None or state_dtype is None or np.isfinite(_storage.decode(state.trace)).all()
         plain = not others and state_dtype is None and not flags["centered"] and dtype == jnp.float32
         if decay < 1 and initial_scale == 0 and plain:
-            assert jnp.abs(updates).max() <= 1e-3 / np.sqrt(1 - decay) * (1 + 1e-6)
+            assert np.abs(updates).max() <= 1e-3 / np.sqrt(1 - decay) * (1 + 1e-6)
 
 
 @settings(max_examples=50)
