@@ -1,6 +1,7 @@
 """The number of compilations, and the compiled programs: instructions, copies, collectives, targets."""
 
 import concurrent.futures
+import functools
 import itertools
 import re
 
@@ -8,6 +9,7 @@ import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn, nnx
@@ -20,7 +22,7 @@ from rmsprop_jax import dialects, rmsprop, round_params_stochastically
 
 
 ROUND = round_params_stochastically()
-W = jnp.ones((3, 2))
+W = np.ones((3, 2), np.float32)
 
 
 def compiled_step(tx, params):
@@ -32,7 +34,7 @@ def compiled_step(tx, params):
 
 
 def test_an_eager_update_is_one_program(compilations):
-    params = [jnp.ones((5, i + 1)) for i in range(6)]
+    params = [np.ones((5, i + 1), np.float32) for i in range(6)]
     tx = rmsprop(0.1, **EVERYTHING)
     state = tx.init(params)
     with compilations() as compiled:
@@ -109,7 +111,7 @@ MADE = {
     "pytorch": lambda: dialects.pytorch(lr=1e-3, alpha=0.9, momentum=0.9),
     "keras": lambda: dialects.keras(1e-3, clipnorm=1.0, weight_decay=0.1),
 }
-X = jnp.ones((2, 3))
+X = np.ones((2, 3), np.float32)
 
 
 class Linen(nn.Module):
@@ -121,6 +123,7 @@ class Linen(nn.Module):
 # Each makes a loop body: from a seed and a transformation to trained parameters.
 
 
+@functools.cache
 def with_linen():
     network = Linen()
     init = jax.jit(network.init)
@@ -137,6 +140,7 @@ def with_linen():
     return run
 
 
+@functools.cache
 def with_nnx():
     @nnx.jit
     def step(model, optimizer):
@@ -154,6 +158,7 @@ def with_nnx():
     return run
 
 
+@functools.cache
 def with_equinox():
     @eqx.filter_jit
     def step(model, state, tx):
@@ -182,18 +187,19 @@ def test_a_sweep_in_a_framework_compiles_for_its_first_seed(framework, make, com
         second = run(1, make())
     assert compiled == []
     # Seeds share a program, and nothing else.
-    assert all(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
+    assert all(
+        (np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True)
+    )
     chex.assert_trees_all_equal(run(0, make()), first, strict=True)
 
 
 @pytest.mark.usefixtures("users_climate")
 def test_a_sweep_in_threads_ends_as_one_after_the_other():
     run = with_linen()
-    one_by_one = [run(seed, rmsprop(1e-2)) for seed in range(4)]
+    one_by_one = [run(seed, MADE["rmsprop"]()) for seed in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        chex.assert_trees_all_equal(
-            list(pool.map(lambda seed: run(seed, rmsprop(1e-2)), range(4))), one_by_one, strict=True
-        )
+        together = list(pool.map(lambda seed: run(seed, MADE["rmsprop"]()), range(4)))
+    chex.assert_trees_all_equal(together, one_by_one, strict=True)
 
 
 @pytest.mark.slow
@@ -225,28 +231,32 @@ def sharded(axis_type):
     mesh = mesh_of(axis_type, (4, 2), ("x", "y"))
     specs = {"w": P("x", None), "v": P(None, "y"), "b": P(("x", "y")), "r": P(), "c": P("y"), "s": P()}
     shapes = {"w": (8, 6), "v": (3, 4), "b": (16,), "r": (5,), "c": (16,), "s": (16,)}
-    return {k: jax.device_put(normal(shapes[k]), NamedSharding(mesh, spec)) for k, spec in specs.items()}
+    rng = np.random.default_rng(0)
+    return {k: jax.device_put(np.float32(rng.normal(size=shapes[k])), NamedSharding(mesh, specs[k])) for k in specs}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(("options", "jit_init"), list(zip(ON_A_MESH, [False, True, True, False], strict=True)))
-def test_a_run_on_a_mesh_compiles_once(axis_type, options, jit_init, compilations):
-    params, grads = sharded(axis_type), sharded(axis_type)
+def test_a_run_on_a_mesh_compiles_once_and_sends_nothing(axis_type, options, jit_init, compilations):
+    params = grads = sharded(axis_type)
     tx = rmsprop(0.1, **options)
     state = (jax.jit(tx.init) if jit_init else tx.init)(params)
     step = jax.jit(step_of(tx))
     with compilations() as compiled:
         for _ in range(3):
             params, state = step(params, state, grads)
+        program = step.lower(params, state, grads).compile()
     assert len(compiled) == 1
+    assert "f32[2,6]" in program.as_text()  # one device's part of w
+    assert collectives(program) == []
 
 
 # --- How much there is to compile -----------------------------------------------------------------------
 
 
 def test_the_update_inlines_under_jit():
-    params = {"a": W, "b": W + 1, "c": jnp.ones(5)}
+    params = {"a": W, "b": W, "c": np.ones(5, np.float32)}
     # Only the compiled program tells: from jax 0.11 on, an inlined function still shows in the jaxpr.
     compiled = compiled_step(rmsprop(0.1), params).as_text()
     entry = compiled[compiled.index("ENTRY") :]
@@ -276,11 +286,15 @@ def test_one_hash_for_all_leaves(state_dtype):
     assert (len(re.findall(r" remainder\(", compiled)) == 3) == (jax.__version_info__ >= (0, 10))
 
 
+@functools.cache
 def instructions_per_leaf(tx):
     """XLA's instructions for one more leaf of the same shape."""
     with jax.numpy_rank_promotion("allow"):  # Optax's scalars
         three, four = (compiled_step(tx, [jnp.ones(1000)] * leaves).as_text().count(" = ") for leaves in (3, 4))
     return four - three
+
+
+optaxs_rmsprop = functools.cache(functools.partial(optax.rmsprop, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +313,7 @@ def instructions_per_leaf(tx):
 )
 def test_a_leaf_has_at_most_a_few_more_instructions_than_optax(limit, options):
     # The more there are, the longer XLA compiles. Optax's plain update has 27.
-    optaxs = optax.rmsprop(0.1, **{name: x for name, x in options.items() if name != "state_dtype"})
+    optaxs = optaxs_rmsprop(**{name: x for name, x in options.items() if name != "state_dtype"})
     assert instructions_per_leaf(rmsprop(0.1, **options)) < limit * instructions_per_leaf(optaxs)
 
 
@@ -321,7 +335,7 @@ def unrolled_instructions(updates, **options):
 def test_updates_in_one_program_are_not_recomputed_in_each_other(state_dtype):
     # XLA may recompute a slot, or the count, from the start wherever it is read. Then the program grows with the
     # square of the updates or faster: for bfloat16 on jax 0.12, 14 updates took 17 s to compile, and 20 had no end.
-    one, twice = (unrolled_instructions(n, state_dtype=state_dtype) for n in (8, 16))
+    one, twice = (unrolled_instructions(n, state_dtype=state_dtype) for n in (4, 8))
     assert twice < 2.3 * one
 
 
@@ -394,16 +408,6 @@ def collectives(compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ON_A_MESH)
-def test_an_update_has_no_collectives(options):
-    params = sharded(AxisType.Auto)
-    tx = rmsprop(0.1, **options)
-    compiled = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
-    assert "f32[2,6]" in compiled.as_text()  # one device's part of w
-    assert collectives(compiled) == []
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"centered": True, "momentum": 0.9}])
 @pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_init_and_updates_in_one_program_have_no_collectives(state_dtype, options):
@@ -417,7 +421,7 @@ def test_init_and_updates_in_one_program_have_no_collectives(state_dtype, option
 
     mesh = mesh_of()
     params = jax.device_put(normal((64, 32)), NamedSharding(mesh, P("x")))
-    gradients = jax.device_put(normal((20, 64, 32), seed=1), NamedSharding(mesh, P(None, "x")))
+    gradients = jax.device_put(normal((3, 64, 32), seed=1), NamedSharding(mesh, P(None, "x")))
     assert collectives(jax.jit(run).lower(params, gradients).compile()) == []
 
 
