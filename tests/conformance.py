@@ -221,8 +221,8 @@ def obeys_strict_promotion(make: Make) -> None:
 def takes_a_schedule(make: Make) -> None:
     """Takes a function of the step as its learning rate."""
     falling = make(lambda count: jnp.where(count < 1, 5e-3, 0.0))
-    chex.assert_trees_all_close(run(falling, steps=1)[0], run(make(5e-3), steps=1)[0], rtol=1e-6)
-    first, second = run(falling, steps=1)[1], run(falling, steps=2)[1]
+    (params, first), (_, second) = run(falling, steps=1), run(falling, steps=2)
+    chex.assert_trees_all_close(params, run(make(5e-3), steps=1)[0], rtol=1e-6)
     assert types(first) == types(second)
 
 

@@ -83,7 +83,6 @@ def test_an_optimizer_without_a_property_is_found(name):
 # --- Wrappers: the same results around ours as around Optax's, or around exact SGD ------------------------
 # (Those of the table in notebooks/loop.md are in test_ecosystem.py.)
 
-
 BIASES = {"w": False, "b": True}
 WRAPPERS = {
     "masked": lambda f: optax.masked(f(0.1, momentum=0.9), BIASES),
@@ -119,7 +118,9 @@ def test_sgd_is_a_special_case(options):
     chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
 
 
-def valley(p):
+@jax.jit
+@jax.grad
+def slope_of_a_valley(p):
     """Rosenbrock's."""
     return (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
 
@@ -127,10 +128,10 @@ def valley(p):
 def test_sam():
     def sam(f):
         tx = optax.contrib.sam(f(1e-3), optax.chain(optax.contrib.normalize(), f(1e-3)), sync_period=2)
-        step, params = jax.jit(step_of(tx)), jnp.zeros(2)
+        step, params = jax.jit(step_of(tx)), np.zeros(2, np.float32)
         state = tx.init(params)
         for _ in range(50):
-            params, state = step(params, state, jax.grad(valley)(params))
+            params, state = step(params, state, slope_of_a_valley(params))
         return params
 
     with jax.numpy_dtype_promotion("standard"):
@@ -144,7 +145,7 @@ def test_sam():
     ids=["backtracking", "zoom"],
 )
 def test_line_search(search):
-    goal = jnp.array([1.0, -1.0, 1.0])
+    goal = np.float32([1.0, -1.0, 1.0])
 
     def loss(p):
         return jnp.sum((p - goal) ** 2)
