@@ -128,8 +128,7 @@ def slope_of_a_valley(p):
 def test_sam():
     def sam(f):
         tx = optax.contrib.sam(f(1e-3), optax.chain(optax.contrib.normalize(), f(1e-3)), sync_period=2)
-        step, params = jax.jit(step_of(tx)), np.zeros(2, np.float32)
-        state = tx.init(params)
+        step, params, state = jax.jit(step_of(tx)), np.zeros(2, np.float32), tx.init(np.zeros(2, np.float32))
         for _ in range(50):
             params, state = step(params, state, slope_of_a_valley(params))
         return params
