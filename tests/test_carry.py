@@ -1053,7 +1053,6 @@ def restored(folder, *target):
         return checkpointer.restore(folder / "checkpoint", *target)
 
 
-@pytest.mark.slow
 def test_a_run_restored_with_a_target_continues_bit_for_bit(tmp_path):
     rates = optax.linear_schedule(0.1, 0.0, 20)
     tx = each(lambda options: optax.chain(optax.clip_by_global_norm(10.0), rmsprop(rates, **options)))
@@ -1112,7 +1111,6 @@ def test_a_restored_state_is_carried_over_to_other_options(tmp_path):
             assert (abs(later[new]["bias"] - 1) < abs(end["bias"] - 1)).all()
 
 
-@pytest.mark.slow
 def test_a_target_or_a_state_of_other_options_is_refused(tmp_path):
     plain, centered = rmsprop(0.1), rmsprop(0.1, centered=True)
     saved(tmp_path, plain.init(ONE))
@@ -1123,7 +1121,6 @@ def test_a_target_or_a_state_of_other_options_is_refused(tmp_path):
         centered.update(ONE, kept, ONE)
 
 
-@pytest.mark.slow
 def test_nnx_is_restored_without_a_target(tmp_path):
     def made():
         model = nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(i)) for i in range(2)])
@@ -1166,7 +1163,6 @@ def check_end(tx, params, state, end, tolerance):
     assert apart(tx, params, state, end) <= tolerance < apart(tx, params, tx.init(params), end)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("version", ["0.1", "0.2"])
 @pytest.mark.parametrize("case", earlier.CASES)
 def test_a_checkpoint_of_an_earlier_version_is_resumed(version, case):
@@ -1183,7 +1179,6 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(version, case):
     check_end(tx, params, state, recorded["ends"], tolerance)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("keep_rest", [False, True])
 def test_three_bytes_of_version_0_2_are_resumed(keep_rest):
     """Its RoundParamsState had no rest, so Orbax refuses a target of 0.3. Restored as a dict, it becomes a state."""
