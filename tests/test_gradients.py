@@ -115,6 +115,14 @@ def test_a_nan_is_not_hidden(make):
     assert np.isnan(updates[1])
 
 
+def test_a_norm_of_inf_makes_zeros_of_finite_gradients_as_in_optax():
+    (ours,), theirs = inspect.unwrap(dialects.keras)(0.1, global_clipnorm=1.0).before, optax.clip_by_global_norm(1.0)
+    g = jnp.array([1.0, jnp.inf])
+    clipped, expected = (tx.update(g, tx.init(g))[0] for tx in (ours, theirs))
+    np.testing.assert_array_equal(clipped, expected)
+    assert clipped[0] == 0
+
+
 @pytest.mark.parametrize(
     ("make", "axis_type"),
     list(zip(FRONTS.values(), [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit] * 3, strict=True)),
