@@ -76,9 +76,8 @@ CALLS = [
 
 @pytest.mark.parametrize("call", CALLS)
 def test_the_calls_in_the_tables_run(call):
-    names = {"optax": optax, "dialects": rmsprop_jax.dialects, "rmsprop": rmsprop_jax.rmsprop}
     numbers = {"steps": 1000, "epoch": 100, "rate": 1e-3, "decayed": {"kernel": True, "bias": False}}
-    tx = eval(call, names | numbers)
+    tx = eval(call, numbers | {"optax": optax, "dialects": rmsprop_jax.dialects, "rmsprop": rmsprop_jax.rmsprop})
     params = {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
     with jax.numpy_dtype_promotion("standard"):  # for Optax's schedules
         updates = jax.jit(lambda: tx.update(params, tx.init(params), params)[0])()
