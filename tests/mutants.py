@@ -1,7 +1,8 @@
 """Breaks one module in many small ways, and says which of them its tests do not see: python tests/mutants.py _storage
 
 Each mutant has one change: an operator, a constant, a condition, an argument. The tests run on a copy of the checkout, so
-that nothing here changes. A mutant that no test kills is printed. mutants.toml has those that are accepted, with the reason.
+that nothing here changes. A mutant that no test kills is printed. mutants.toml has those that are accepted, with the reason, and
+the tests of modules that have no file of their own, or more than one.
 """
 
 import argparse
@@ -149,15 +150,15 @@ def main() -> None:
     """Prints the mutants that survive, and how many there were."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", help="such as _storage or interop/_keras")
-    parser.add_argument("tests", nargs="*", help="files or names of pytest's; by default the module's file")
+    parser.add_argument("tests", nargs="*", help="files or names of pytest's; by default those of the module")
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     file = pathlib.Path("rmsprop_jax") / f"{options.module}.py"
     chosen = sample(mutants((ROOT / file).read_text()), options.count, options.seed)
-    accepted = tomllib.loads(ACCEPTED.read_text()).get(options.module, [])
-    reasons = {(x["before"], x["after"]): x["reason"] for x in accepted}
-    tests = options.tests or [test_file(options.module)]
+    known = tomllib.loads(ACCEPTED.read_text())
+    reasons = {(x["before"], x["after"]): x["reason"] for x in known.get(options.module, [])}
+    tests = options.tests or known["tests"].get(options.module, [test_file(options.module)])
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", ".venv", "results"))
