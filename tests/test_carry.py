@@ -128,6 +128,7 @@ def largest(tree, other):
 PAIRS = [(a, b) for i, a in enumerate(EVERY_TX) for j, b in enumerate(EVERY_TX) if "ours" in a + b and (i + j) % 3 == 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda key: ", ".join(key))
 def test_a_run_goes_on_in_another_wrapper(source, target):
     params, state, end = half_way(source)
@@ -371,6 +372,7 @@ if hasattr(optax, "monitor"):  # the oldest Optax that we support has none
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", OTHERS.values(), ids=OTHERS)
 def test_a_fresh_state_of_the_same_kind_takes_everything(wrap):
     tx = wrap(rmsprop(0.1, momentum=0.9))
@@ -885,6 +887,7 @@ def make(rms=rmsprop, **options):
 after_two_steps = functools.cache(lambda rms, name: trained(make(rms)[name], steps=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "new"), [*enumerate(make())])
 def test_what_is_carried_over_can_be_donated(place, new):
     for turn, (from_, to) in enumerate(((rmsprop, rmsprop), (optax.rmsprop, rmsprop), (rmsprop, optax.rmsprop))):

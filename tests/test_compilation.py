@@ -331,6 +331,7 @@ def unrolled_instructions(updates, **options):
     return len(jax.jit(run).lower(params, tx.init(params)).compile().as_text().splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_updates_in_one_program_are_not_recomputed_in_each_other(state_dtype):
     # XLA may recompute a slot, or the count, from the start wherever it is read. Then the program grows with the
@@ -469,6 +470,7 @@ EXPORTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", EXPORTED.values(), ids=EXPORTED)
 def test_a_step_can_be_exported_and_loaded_with_its_state(tx):
     params = {"w": normal((8, 4), jnp.bfloat16), "b": jnp.ones(3)}

@@ -37,6 +37,7 @@ def test_it_meets_the_recorded_run_of_pytorch():
     assert demo.distance(dialects.stable_baselines3) > 1e-2
 
 
+@pytest.mark.slow
 def test_the_split_leaves_nothing_out_and_nothing_twice():
     train, test = _digits.load(0)
     assert (len(train.labels), len(test.labels)) == (1437, 360)
@@ -72,6 +73,7 @@ def run(code, **environment):
     return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_table_of_dialects_where_there_is_no_greek():
     done = run(["-m", "rmsprop_jax", "--dialects"], PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
@@ -81,6 +83,7 @@ def test_the_table_of_dialects_where_there_is_no_greek():
     assert "| first ? " in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["flax", "rich", "sklearn"])
 def test_a_missing_package_is_one_line_with_a_command_that_works(package):
     # A module that is None in sys.modules is one that cannot be imported.

@@ -245,6 +245,7 @@ def spellings(value):
         yield np.asarray(value)[()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dialect", "name"), ARGUMENTS)
 def test_every_argument(dialect, name):
     facts, value, given = FACTS[dialect], another(dialect, name), beside(dialect, name)
@@ -381,6 +382,7 @@ def numbers_of(dialect):
     return {k: v for k, v in defaults.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
+@pytest.mark.slow
 @every_dialect
 def test_injected_it_is_the_direct_call(dialect):
     """sbx makes an optimizer this way, and logs state.hyperparams["learning_rate"]."""
@@ -525,6 +527,7 @@ MESHED |= {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "axis_type"), list(zip(MESHED, itertools.cycle(AXIS_TYPES), strict=False)))
 @pytest.mark.usefixtures("users_climate")
 def test_a_mesh_compiles_one_step(name, axis_type, compilations):

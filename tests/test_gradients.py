@@ -23,6 +23,7 @@ CLIPPED = {  # what is in front, and what it makes of a gradient in float64
 every_clip = pytest.mark.parametrize(("arguments", "clip"), CLIPPED.values(), ids=CLIPPED.keys())
 
 
+@pytest.mark.slow
 @every_clip
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_a_clip_keeps_the_dtype_and_does_not_overflow(arguments, clip, dtype):
@@ -123,6 +124,7 @@ def test_a_norm_of_inf_makes_zeros_of_finite_gradients_as_in_optax():
     assert clipped[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "axis_type"),
     list(zip(FRONTS.values(), [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit] * 3, strict=True)),

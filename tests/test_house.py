@@ -33,6 +33,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_in_the_pages_runs_as_pasted(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -156,6 +156,7 @@ def dtype_of(name):
 SMALL, LARGE = (small_loss, small_layer, small_batch), (loss, layer, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "network"),
     [("three bytes", LARGE), *((name, SMALL) for name in EQUAL | CLOSE)],
@@ -179,6 +180,7 @@ def test_a_run_ends_with_the_bits_of_the_ordinary_one(name, network):
             chex.assert_trees_all_close(found, whole, rtol=1e-6, atol=4e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tx"), [(AxisType.Auto, FOUR), (AxisType.Explicit, THREE)], ids=["Auto", "Explicit"])
 def test_bits_and_shardings_on_a_mesh_are_those_of_the_ordinary_step(kind, tx):
     """Sharded as by FSDP, in another axis than that of the layers."""
@@ -208,6 +210,7 @@ def test_bits_and_shardings_on_a_mesh_are_those_of_the_ordinary_step(kind, tx):
         assert ours.sharding.is_equivalent_to(before.sharding, ours.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tx", "own"),
     [
@@ -241,6 +244,7 @@ def test_what_looks_at_a_whole_array_sees_that_of_one_layer(tx, own):
     chex.assert_trees_all_close(params, jax.tree.map(lambda *p: np.stack(p), *layers), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_layer_can_have_a_state_of_its_own_and_what_reads_a_state_reads_that_of_this_step():
     outer, params = parameters(jnp.bfloat16)
     step = trained(value_and_update(small_loss, small_layer, FOUR))
@@ -258,6 +262,7 @@ def test_each_layer_can_have_a_state_of_its_own_and_what_reads_a_state_reads_tha
 # --- Gradients --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradients_through_each_and_shared_and_trees_as_x():
     """x has a counter and a key; each layer has a scale and an index; all share a memory and a mask."""
 

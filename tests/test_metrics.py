@@ -523,6 +523,7 @@ OPTIONS = {"float32": {}, "uint8": {"state_dtype": "uint8", "centered": True}}
 PLACES = zip(itertools.product([AxisType.Auto, AxisType.Explicit], LAYOUTS), itertools.cycle(OPTIONS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis_type", "layout", "options"), [(*place, options) for place, options in PLACES])
 def test_numbers_are_the_same_on_every_layout(axis_type, layout, options):
     tx, params = rmsprop(0.1, **OPTIONS[options]), {"w": PARAMS["w"], "b": PARAMS["layer"]["bias"]}

@@ -49,6 +49,7 @@ EAGER = {"shard_map, Auto": "float32", "shard_map, Explicit": "with a remainder"
 JITTED = [(wrap, name, True) for wrap in EAGER for name in TX]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wrap", "name", "jit"), [*JITTED, *((*case, False) for case in EAGER.items())])
 def test_a_training_step_may_start_inside(wrap, name, jit):
     """As reinforcement learning in the style of Anakin does: `init` inside of the mapped function."""

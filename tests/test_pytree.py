@@ -166,6 +166,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @example(tree=None)
 @given(tree=trees)

@@ -147,6 +147,7 @@ SAME = {  # the relative, its options, and the call
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rates", [CONSTANT, RATES], ids=["constant", "schedule"])
 @pytest.mark.parametrize("name", SAME)
 def test_it_is_the_same_rule(name, rates):

@@ -432,6 +432,7 @@ def test_eps_outside_is_exact_where_the_average_is_zero():
         np.testing.assert_allclose(tx.update(jnp.float32(g), tx.init(jnp.float32(0)))[0], -g / eps, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "eps", "dtype"),
     cycled(ALL_FLAGS, [1e-8, 0.0, 0.0, 1e-8, 1e-20], [DTYPES[i] for i in (2, 3, 3, 2)]),
@@ -452,6 +453,7 @@ def test_derivatives_through_updates(options, eps, dtype):
     assert derivatives[0] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"centered": True}, {"bias_correction": True}, {"eps_in_sqrt": False}])
 def test_derivatives_with_respect_to_every_number(flags):
     def loss(numbers):
@@ -590,6 +592,7 @@ def test_signatures_extend_those_of_optax():
 # --- Any tree, dtype, magnitude ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @example(  # a variance of exactly 0, with a gradient that overflows when it is divided by ε
     gradients=[(0.0, 3.4e8), (0.0, 0.0)],

@@ -402,6 +402,7 @@ MADE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("tx", [THREE, FOUR])
 def test_every_layout_gives_the_same_bits(tx, made):
@@ -480,6 +481,7 @@ def test_it_moves_where_rounding_to_nearest_stands_still(loop):
     assert abs(end_of_training(loop(1e-3, THREE)).astype(np.float32) - exact).mean() < stuck / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_weights_follow_float32_in_any_wrapper(loop):
     """400 steps of 1e-5, a tenth of bfloat16's distance between 1 and 2; and the weights go back into another state."""
@@ -508,6 +510,7 @@ def test_weights_follow_float32_in_any_wrapper(loop):
 SLOW = inner(1e-5)
 
 
+@pytest.mark.slow
 def test_whole_models_of_flax_and_equinox():
     tx = optax.chain(SLOW, FOUR)
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.ones, param_dtype=jnp.bfloat16)

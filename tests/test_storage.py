@@ -28,6 +28,7 @@ def test_float64_saturates(x64, state_dtype):
     assert np.isfinite(updates).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"centered": True, "momentum": 0.9, "bias_correction": True}])
 @pytest.mark.parametrize("state_dtype", [None, *NARROW_DTYPES])
 def test_every_dtype_where_float64_is_on(x64, state_dtype, options):
@@ -120,6 +121,7 @@ def test_an_average_is_right_in_the_mean(state_dtype, kind, decay):
     assert (kept / exact).std() > SPREAD[state_dtype] ** 2 / 10  # that it is rounded at all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_dtype", NARROW_DTYPES)
 def test_a_slow_average_follows(state_dtype):
     # Down to 1e-4 and up again by 1e-3 of itself at a time: rounded to nearest it would never move.
