@@ -84,6 +84,26 @@ def layers() -> list[Row]:
     return table
 
 
+# --- Speed ------------------------------------------------------------------------------------------------
+
+TIMED = (
+    ("`rmsprop`, float32", "ours float32"),
+    ("`state_dtype=jnp.bfloat16`", "ours bfloat16"),
+    ("`state_dtype=jnp.uint8`", "ours uint8"),
+    ("three bytes", "ours three bytes"),
+    ("four bytes", "ours four bytes"),
+)
+
+
+def times() -> list[Row]:
+    rows, layouts = read("speed")["updates"], {"one matrix of 16 million": "16M", "GPT-2 small": "GPT-2 small"}
+    return [
+        {"update": label}
+        | {title: f"{only(rows, layout=x, candidate=candidate)['ratio']:.2f}" for title, x in layouts.items()}
+        for label, candidate in TIMED
+    ]
+
+
 # --- Programs for TPUs and GPUs ---------------------------------------------------------------------------
 
 COMPILED = (
@@ -227,6 +247,13 @@ TABLES: dict[str, tuple[Callable[[], list[Row]], dict[str, str]]] = {
         {
             "layers": f"{ACCELERATORS}layers.json --chips v5e --parts layers",
             "gpus": f"{ACCELERATORS}gpus.json --chips h100 --parts layers",
+        },
+    ),
+    "times": (
+        times,
+        {
+            "speed": f"{RUN}speed.py --parts updates --seconds 60 --layouts 16M 'GPT-2 small' "
+            "--json tests/benchmarks/results/speed.json"
         },
     ),
     "programs": (
