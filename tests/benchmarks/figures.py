@@ -190,8 +190,29 @@ def tuned_dialects() -> None:
     save(figure, "tuned")
 
 
+def speed() -> None:
+    """Time of an update over Optax's in the same round: medians and quartiles."""
+    rows = pages.read("speed")["updates"]
+    names = {name: label.replace("`", "").replace("jnp.", "") for label, name in pages.TIMED}
+    layouts = {"16M": "one matrix of 16 million", "GPT-2 small": "GPT-2 small"}
+    figure, panel = plt.subplots(figsize=(9, 3))
+    for shift, (layout, title), color in zip((-0.17, 0.17), layouts.items(), (BLUE, GREEN), strict=True):
+        mine = [pages.only(rows, layout=layout, candidate=name) for name in names]
+        ratio = np.array([row["ratio"] for row in mine])
+        low, high = np.array([row["quartiles"] for row in mine]).T
+        error = np.maximum(0, [ratio - low, high - ratio])
+        panel.barh(np.arange(len(mine)) + shift, ratio, 0.32, xerr=error, color=color, capsize=2, label=title)
+    panel.axvline(1, color="black", linewidth=0.8)
+    panel.set_yticks(range(len(names)), names.values())
+    panel.invert_yaxis()
+    panel.set(xlabel="time of an update on a CPU, over that of optax.rmsprop in float32")
+    panel.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    save(figure, "speed")
+
+
 if __name__ == "__main__":
-    for draw in (dialects_decide, three_bytes, peers, memory, tuned_dialects):
+    for draw in (dialects_decide, three_bytes, peers, memory, tuned_dialects, speed):
         draw()
     for name, png in from_notebooks().items():
         (FIGURES / f"{name}.png").write_bytes(png)
