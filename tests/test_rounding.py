@@ -131,6 +131,13 @@ def test_steps_far_below_the_parameter_add_up(dtype, start, sign, size):
     assert abs(total - exact) <= 5 * np.sqrt(gap * abs(exact)) + 0.01 * abs(exact) * (size < 1e-4)
 
 
+def test_a_weight_that_doubles_keeps_its_remainder():
+    tx, params = round_params_stochastically(keep_rest=True), jnp.ones(4, jnp.bfloat16)
+    updates, state = tx.update(jnp.full(4, 1 + 2.0**-12), tx.init(params), params)
+    weights = params_in_float32(params + updates.astype(jnp.bfloat16), state)
+    np.testing.assert_array_equal(weights, np.full(4, 2 + 2.0**-12))
+
+
 @pytest.mark.parametrize(("dtype", "start", "sign", "size"), SMALL_STEPS)
 def test_the_mean_with_a_remainder_is_right(dtype, start, sign, size):
     p, rest = np.full(512, start, jnp.bfloat16), np.int8(np.arange(512) % 256 - 128)
