@@ -72,14 +72,14 @@ def peaks() -> list[Row]:
 def layers() -> list[Row]:
     """The step inside the backward pass, beside the ordinary one."""
     rows, table = [*read("layers")["layers"], *read("gpus")["layers"]], []
-    steps = {"ordinary": "of all layers", "inside": "of a layer"}
     for label, name in HELD:
         line: Row = {"optimizer": label}
         for title, chip in (("v5e", "v5e"), ("H100", "h100")):
-            for step, gradients in steps.items():
-                row = only(rows, chip=chip, training_step=name, gradients=gradients, devices=1)
-                line["parameter and state"] = row.get("parameters and state")
-                line[f"peak, {title}, {step}"] = "more than 16 GB" if row["peak"] is None else row["peak"]
+            both = where(rows, chip=chip, training_step=name, devices=1)
+            ordinary, inside = (only(both, gradients=x) for x in ("of all layers", "of a layer"))
+            before = "does not fit" if ordinary["peak"] is None else f"{ordinary['peak']:.2f}"
+            line["parameter and state"] = inside["parameters and state"]
+            line[f"peak, {title}: ordinary → inside"] = f"{before} → {inside['peak']:.2f}"
         table.append(line)
     return table
 
