@@ -6,7 +6,7 @@ buffer is that of p ← p - b. A parameter has the same name with and without th
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -142,15 +142,13 @@ def contents_of(state: Any, argument: str = "state", whole: bool = True) -> Cont
     """
     state = _without_dict_boxes(state)
     is_node = functools.partial(_is_rmsprop, whole=whole)
-    states = find(state, is_node)
-    contents = Contents(states, {}, {}, set())
-    of_params = {kind for x in states.values() for _, _, records in _walk(nu_of(x), is_masked) for _, kind in records}
-    for path, x, records in _walk(state, is_node):
-        key = _key(path, [record for record in records if record[1] not in of_params], states)
-        if _is_record(x):
-            contents.records.add((type(x), key.side))
-        elif path not in states:
-            contents.arrays[path], contents.keys[path] = _unboxed(x), key
+    found, records = _walk(state, is_node)
+    states = {path: x for path, x in found.items() if is_node(x)}
+    arrays = {path: _unboxed(x) for path, x in found.items() if path not in states}
+    of_params = {kind for x in states.values() for kind in _walk(nu_of(x), is_masked)[1].values()}
+    wrappers = {path: kind for path, kind in records.items() if kind not in of_params}
+    keys = {path: _key(path, wrappers, states) for path in arrays}
+    contents = Contents(states, arrays, keys, {(kind, _side(path, states)[1]) for path, kind in wrappers.items()})
     if not states:
         raise ValueError(_without_rmsprop(state, argument, contents))
     return contents
@@ -325,22 +323,18 @@ def _without_dict_boxes(state: Any) -> Any:
 # --- Wrappers ---------------------------------------------------------------------------------------------
 
 
-Records = tuple[tuple[int, type], ...]  # records on the way to a node, with their depths
+def _walk(tree: Any, is_node: Callable[[Any], bool]) -> tuple[dict[Path, Any], dict[Path, type]]:
+    """The nodes and other arrays of a tree by their paths, and the kinds of the records on the way to them."""
+    records: dict[Path, type] = {}
 
+    def is_leaf(path: Path, x: Any) -> bool:
+        if is_node(x) or _is_box(x):
+            return True
+        if _is_record(x):
+            records[path] = type(x)
+        return False
 
-def _walk(
-    tree: Any, is_node: Callable[[Any], bool], path: Path = (), records: Records = ()
-) -> Iterator[tuple[Path, Any, Records]]:
-    """The nodes, records and other arrays of a tree, each with its path and with the records on the way to it."""
-    if _is_record(tree) and not is_node(tree):
-        yield path, tree, records
-        records = (*records, (len(path), type(tree)))
-    is_leaf = lambda x: is_node(x) or _is_box(x) or (x is not tree and _is_record(x))  # noqa: E731
-    for below, x in tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
-        if below and _is_record(x) and not is_node(x):
-            yield from _walk(x, is_node, path + below, records)
-        else:
-            yield path + below, x, records
+    return dict(tree_flatten_with_path(tree, is_leaf=is_leaf, is_leaf_takes_path=True)[0]), records
 
 
 def _is_record(x: Any) -> bool:
@@ -349,15 +343,21 @@ def _is_record(x: Any) -> bool:
     return (named or dataclasses.is_dataclass(x)) and not _is_box(x)
 
 
-def _key(path: Path, records: Sequence[tuple[int, type]], states: Iterable[Path]) -> Key:
-    """The innermost record around something, and the side on which it lies of the nearest states of RMSProp."""
+def _key(path: Path, records: Mapping[Path, type], states: Iterable[Path]) -> Key:
+    """The innermost record around an array that is not around RMSProp's state as well, and the array's side."""
+    shared, side = _side(path, states)
+    around = [n for n in range(shared, len(path)) if path[:n] in records]
+    if not around:  # as in a chain of plain dicts
+        return Key(None, "", name_of(path[shared + 1 :]), side)
+    depth = around[-1]
+    return Key(records[path[:depth]], path[depth].name, name_of(path[depth + 1 :]), side)
+
+
+def _side(path: Path, states: Iterable[Path]) -> tuple[int, frozenset[str]]:
+    """How many keys a path shares with the nearest states of RMSProp, and on which side of them it lies."""
     shared = {state: shared_keys(path, state) for state in states}
     nearest = max(shared.values(), default=0)
-    side = frozenset(_direction(path[n : n + 1], state[n:]) for state, n in shared.items() if n == nearest)
-    depth, kind = records[-1] if records else (-1, None)
-    if depth < nearest:  # a state without a record, as in a chain of plain dicts
-        return Key(None, "", name_of(path[nearest + 1 :]), side)
-    return Key(kind, path[depth].name, name_of(path[depth + 1 :]), side)
+    return nearest, frozenset(_direction(path[n : n + 1], state[n:]) for state, n in shared.items() if n == nearest)
 
 
 def _direction(mine: Path, theirs: Path) -> str:
