@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.flatten_util import ravel_pytree
 from jax.tree_util import keystr
 
 from . import _checks, _placement, _states, _storage
@@ -86,30 +87,19 @@ def carry_over(state: Any, into: Any, *, allow_new: bool = False) -> Any:
     return _states.replace(into, {path: _moved(move, number) for path, move in moves.items()})
 
 
-def bare(state: Any, reason: str) -> RMSPropState:
-    """One state of ours, without boxes, as our update takes it: zeros where only other groups have a slot.
+def bare(state: Any, reason: str) -> tuple[Any, Any]:
+    """The count of a state, and one tree like the parameters with the accumulators of each, without boxes.
 
-    `reason`: why it cannot hold what wrappers hold.
+    `reason`: why nothing can be done with what wrappers hold.
     """
     contents = _states.contents_of(state)
     if lost := [*_lost(contents, Contents({}, {}, {}, set()), reason)]:
         raise ValueError(listed(lost, "; "))
-    found = contents.accumulators()
-
-    def value(slot: str, name: Name) -> jax.Array:
-        x = getattr(found[name], slot)
-        return jnp.zeros_like(_storage.decode(found[name].nu)) if x is None else jnp.array(x, copy=True)
-
-    nus = [_states.nu_of(node) for node in contents.states.values()]
-    trees = {
-        slot: _states.one_tree(nus, lambda name, slot=slot: value(slot, name))
-        for slot in Accumulators._fields
-        if slot == "nu" or any(getattr(x, slot) is not None for x in found.values())
-    }
     count, *others = _counts(contents)
     if others:
         raise ValueError(f"the groups have different counts: {listed([count, *others])}. {_ONE_COUNT}")
-    return RMSPropState(jnp.array(count, jnp.int32), **trees)
+    nus = [_states.nu_of(node) for node in contents.states.values()]
+    return count, _states.one_tree(nus, contents.accumulators().__getitem__)
 
 
 # --- Collect ----------------------------------------------------------------------------------------------
@@ -143,23 +133,20 @@ def _distinct(values: list[Any]) -> list[Any]:
 def _moves_of_accumulators(found: Mapping[Name, Accumulators], old: Contents, new: Contents) -> dict[Path, Move]:
     moves = {}
     for at, node in new.states.items():
-        slots = [*_states.slots_of(node)]
-        centered = {name for _, slot, name, _ in slots if slot == "mu"}
-        for path, slot, name, x in slots:
+        for path, slot, name, x in _states.slots_of(node):
             if slot == "count":
                 moves[at + path] = Move(_counts(old, _states.names_of(node)), x)
             elif not _states.is_masked(x):
-                sources = [] if name not in found else _sources(found[name], slot, node, name in centered, x)
-                moves[at + path] = Move(sources, x, slot)
+                moves[at + path] = Move(_sources(found[name], slot, node, x) if name in found else [], x, slot)
     return moves
 
 
-def _sources(found: Accumulators, slot: str, node: Any, centered: bool, x: Any) -> list[Any]:
+def _sources(found: Accumulators, slot: str, node: Any, x: Any) -> list[Any]:
     """The value for one slot of a state, as it keeps it."""
-    value, theirs = getattr(found, slot), not isinstance(node, RMSPropState)
-    if slot == "nu" and found.mu is not None and (theirs or not centered):
+    value, ours = getattr(found, slot), isinstance(node, RMSPropState)
+    if slot == "nu" and found.mu is not None and not (ours and node.mu is not None):
         value = _states.second_moment(found.nu, found.mu)
-    if slot == "trace" and value is not None and theirs:
+    if slot == "trace" and value is not None and not ours:
         value = -_storage.decode(value)
     if value is None:  # a slot that only `into` has
         return [jnp.zeros(x.shape, x.dtype)] if isinstance(x, jax.ShapeDtypeStruct) else []
@@ -187,11 +174,8 @@ def _fitted(old: Contents, new: Contents) -> dict[Name, Accumulators]:
 
 
 def _joined(column: Sequence[Any]) -> Any:
-    if any(x is None for x in column):
-        return None
-    wide = [jnp.ravel(_storage.decode(x)) for x in column]  # a code comes back as it was
-    widest = np.result_type(*(x.dtype for x in wide))
-    return jnp.concatenate([x.astype(widest) for x in wide])
+    # A code comes back as it was.
+    return None if any(x is None for x in column) else ravel_pytree([_storage.decode(x) for x in column])[0]
 
 
 def _moves_of_wrappers(old: Contents, new: Contents) -> dict[Path, Move]:

@@ -210,10 +210,10 @@ def _is_triple(x: Any, first: tuple[type, ...], last: tuple[type, ...]) -> bool:
 
 
 def _accumulators(node: Any) -> dict[Name, Accumulators]:
-    found: dict[Name, dict[str, Any]] = {name: {} for name in names_of(node)}
+    found: dict[Name, dict[str, Any]] = {}
     for _, slot, name, x in slots_of(node):
-        if name in found and slot in Accumulators._fields:
-            found[name][slot] = x
+        if slot in Accumulators._fields and not is_masked(x):
+            found.setdefault(name, {})[slot] = x
     return {name: _in_our_terms(node, **slots) for name, slots in found.items()}
 
 

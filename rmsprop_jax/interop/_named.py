@@ -1,5 +1,6 @@
 """What all readers and writers do: from and to arrays by slot and by the name of their weight."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -143,18 +144,25 @@ def _check_convert(convert: Convert, arrays: Arrays) -> None:
 
 def arrays_of(state: Any, convert_back: ConvertBack) -> tuple[np.ndarray, dict[str, Arrays]]:
     """The reverse of `state_of`: the count, and arrays by our slots and by the weights' names."""
-    bare = _carry.bare(state, "a framework's checkpoint has no place for it")
-    if np.shape(bare.count):
-        raise ValueError(f"the count has shape {np.shape(bare.count)}: pass one of the states that jax.vmap made")
-    if masked := [_states.shown(name) for name, x in _states.arrays_of(bare.nu).items() if _states.is_masked(x)]:
+    count, tree = _carry.bare(state, "a framework's checkpoint has no place for it")
+    if np.shape(count):
+        raise ValueError(f"the count has shape {np.shape(count)}: pass one of the states that jax.vmap made")
+    if masked := [_states.shown(name) for name, x in _states.arrays_of(tree).items() if _states.is_masked(x)]:
         raise ValueError(f"the state has no accumulators for {listed(masked)}, which were masked: unmask them")
-    trees = {slot: jax.tree.map(_storage.decode, getattr(bare, slot)) for slot in _states.Accumulators._fields}
-    if bare.mu is not None:
-        trees["nu"] = jax.tree.map(_states.second_moment, bare.nu, bare.mu)
-    slots = {slot: convert_back(tree) for slot, tree in trees.items() if tree is not None}
-    # Contiguous: a framework does not want to own a transposed view.
-    arrays = {
-        slot: {name: array(f"{slot} of {name}", x).astype(np.float32, order="C") for name, x in named.items()}
-        for slot, named in slots.items()
-    }
-    return np.asarray(bare.count), arrays
+    is_leaf = lambda x: isinstance(x, _states.Accumulators)  # noqa: E731
+    found: list[_states.Accumulators] = jax.tree.leaves(tree, is_leaf=is_leaf)
+    slots = {}
+    for slot in _states.Accumulators._fields:
+        if slot == "nu" or any(getattr(x, slot) is not None for x in found):
+            named = convert_back(jax.tree.map(functools.partial(_decoded, slot), tree, is_leaf=is_leaf))
+            # Contiguous: a framework does not want to own a transposed view.
+            slots[slot] = {k: array(f"{slot} of {k}", x).astype(np.float32, order="C") for k, x in named.items()}
+    return np.asarray(count), slots
+
+
+def _decoded(slot: str, found: _states.Accumulators) -> Any:
+    """One slot as frameworks keep it: E[g²], and zeros where only other groups have the slot."""
+    if slot == "nu" and found.mu is not None:
+        return _states.second_moment(found.nu, found.mu)
+    x = getattr(found, slot)
+    return jnp.zeros_like(_storage.decode(found.nu)) if x is None else _storage.decode(x)
