@@ -89,46 +89,41 @@ def train(
 ) -> list[dict[str, str]]:
     """Trains the network with each optimizer, from the same start and on the same batches. Returns the table."""
     train_set, test_set = load(seed)
-    graph, params = initial(seed)
+    graph, start = initial(seed)
     indices = list(batches(len(train_set.labels), epochs, seed))
-    runs = {name: Run(optimizer, len(indices), graph, params) for name, optimizer in optimizers.items()}
+    txs, runs = {}, {}
+    for name, (make, peak, dtype) in optimizers.items():
+        txs[name] = make(optax.warmup_cosine_decay_schedule(0.0, peak, len(indices) // 20, len(indices)))
+        params = jax.tree.map(lambda p, dtype=dtype: jnp.array(p, dtype, copy=True), start)  # each step donates its own
+        runs[name] = params, txs[name].init(params)
     for index in progress(indices):
         batch = Digits(train_set.images[index], train_set.labels[index])
-        for run in runs.values():
-            run.params, run.state = run.step(run.params, run.state, batch)
-    return [{"optimizer": name, "learning rate": f"{run.peak:g}"} | run.results(test_set) for name, run in runs.items()]
+        runs = {name: step(graph, txs[name], *run, batch) for name, run in runs.items()}
+    rows = []
+    for name, (params, state) in runs.items():
+        held = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+        loss, accuracy = loss_and_accuracy(graph, params, test_set)
+        rows.append(
+            {
+                "optimizer": name,
+                "learning rate": f"{optimizers[name].learning_rate:g}",
+                "bytes per parameter": f"{held / sum(x.size for x in jax.tree.leaves(params)):.1f}",
+                "test loss": f"{loss:.4f}",
+                "test accuracy": f"{accuracy:.1%}",
+            }
+        )
+    return rows
 
 
-class Run:
-    """A network and its optimizer."""
-
-    def __init__(self, optimizer: Optimizer, steps: int, graph: Any, params: Any) -> None:
-        """Starts from a copy of `params`, because each step donates its own."""
-        self.peak = optimizer.learning_rate
-        self.loss = functools.partial(loss_and_accuracy, graph)
-        tx = optimizer.make(optax.warmup_cosine_decay_schedule(0.0, self.peak, steps // 20, steps))
-        self.params = jax.tree.map(lambda p: jnp.array(p, optimizer.dtype, copy=True), params)
-        self.state = tx.init(self.params)
-
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(params: Any, state: Any, batch: Digits) -> tuple[Any, Any]:
-            grads, _ = jax.grad(self.loss, has_aux=True)(params, batch)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        self.step = step
-
-    def results(self, test_set: Digits) -> dict[str, str]:
-        """The last columns of the table."""
-        held = sum(x.nbytes for x in jax.tree.leaves((self.params, self.state)))
-        loss, accuracy = jax.jit(self.loss)(self.params, test_set)
-        return {
-            "bytes per parameter": f"{held / sum(x.size for x in jax.tree.leaves(self.params)):.1f}",
-            "test loss": f"{loss:.4f}",
-            "test accuracy": f"{accuracy:.1%}",
-        }
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def step(graph: Any, tx: optax.GradientTransformation, params: Any, state: Any, batch: Digits) -> tuple[Any, Any]:
+    """One update of a network's parameters and of its optimizer's state."""
+    grads, _ = jax.grad(loss_and_accuracy, argnums=1, has_aux=True)(graph, params, batch)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def loss_and_accuracy(graph: Any, params: Any, data: Digits) -> tuple[jax.Array, jax.Array]:
     """The mean cross-entropy in nats, and the share of digits that are read right."""
     logits = nnx.merge(graph, params)(data.images)
