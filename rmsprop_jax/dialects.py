@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _checks, _gradients
+from . import _checks, _gradients, _states
 from ._dialect import dialect as _dialect, dialect_of, DIALECTS as _DIALECTS, Recipe
 from ._rmsprop import rmsprop
 
@@ -817,15 +817,13 @@ def _annealed(rate: jax.Array, count: Any, schedule: str, warmup: Any, anneal: A
 
 
 def _matching(regex: str, params: optax.Params) -> Any:
-    """Whether the regex finds something in each parameter's path, without the `value` of Flax's variables."""
+    """Whether the regex finds something in each parameter's path, or in front of a key that stands alone."""
 
-    def matches(path: Any, _: Any) -> bool:
-        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-            path = path[:-1]
-        joined = jax.tree_util.keystr(path, simple=True, separator="/")
-        return any(re.search(regex, text) for text in ((joined,) if len(path) > 1 else (joined, f"/{joined}")))
+    def matches(name: tuple[str, ...], _: Any) -> bool:
+        joined = "/".join(name)
+        return any(re.search(regex, text) for text in ((joined,) if len(name) > 1 else (joined, f"/{joined}")))
 
-    return jax.tree.map_with_path(matches, params)
+    return _states.map_arrays(matches, params)
 
 
 def _unscaled(name: str, factor: Any) -> tuple[optax.GradientTransformation, ...]:
