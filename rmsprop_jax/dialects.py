@@ -761,12 +761,13 @@ def table() -> list[dict[str, str]]:
     rows = []
     for function, dialect in _DIALECTS.items():
         plain = options(function)
-        decaying = _if_honoured(function, weight_decay=0.1) or _if_honoured(function, wd=0.1)
-        moving = _if_honoured(function, momentum=0.9) or (plain if plain["momentum"] else None)
+        # With a momentum and a weight decay, where it has them.
+        full = options(function, **dict.fromkeys({"momentum", "weight_decay", "wd"} & dialect.honoured.keys(), 0.1))
+        moves, decays = full["momentum"] is not None, full["weight_decay"] is not None
         eps = root[plain["eps_in_sqrt"]]
-        if moving and moving["eps_in_sqrt"] != plain["eps_in_sqrt"]:
-            eps += f", {root[moving['eps_in_sqrt']]} with momentum"
-        decay = "" if decaying is None else "decoupled" if decaying["decoupled"] else "coupled"
+        if full["eps_in_sqrt"] != plain["eps_in_sqrt"]:
+            eps += f", {root[full['eps_in_sqrt']]} with momentum"
+        decay = ("decoupled" if full["decoupled"] else "coupled") if decays else ""
         rows.append(
             {
                 "dialect": function.__name__,
@@ -776,18 +777,13 @@ def table() -> list[dict[str, str]]:
                 "eps vs root": eps,
                 "first ν": "corrected" if plain["bias_correction"] else f"{plain['initial_scale']:g}",
                 "centered": "always" if plain["centered"] else "option" * (("centered",) in dialect.honoured.values()),
-                "momentum": "" if moving is None else f"{plain['momentum'] or 0:g}",
-                "lr vs buffer": "" if moving is None else root[moving["lr_in_momentum"]],
+                "momentum": f"{plain['momentum'] or 0:g}" if moves else "",
+                "lr vs buffer": root[full["lr_in_momentum"]] if moves else "",
                 "weight decay": decay + " or decoupled" * ("decoupled_decay" in dialect.honoured),
                 "class or paper": dialect.framework,
             }
         )
     return rows
-
-
-def _if_honoured(dialect: Callable[..., Any], **arguments: Any) -> dict[str, Any] | None:
-    """The options of a call, or None where the dialect has no such argument, or refuses it."""
-    return options(dialect, **arguments) if arguments.keys() <= dialect_of(dialect).honoured.keys() else None
 
 
 # --- Parts of recipes -------------------------------------------------------------------------------------
