@@ -188,16 +188,12 @@ def _read(checkpoint: Any, names: Names | None, convert: Convert | None, count: 
 def _arrays(parameter: Parameter, used: list[str], first: float) -> dict[str, Any]:
     """The accumulators of a parameter, with zeros for what other groups use and its own does not."""
     _, group, entry, _ = parameter
-    arrays = {field: x for field, x in entry.items() if field not in ("step", *SLOTS.values())}  # somebody else's
-    for slot in used:
-        field = SLOTS[slot]
-        if not entry:
-            arrays[field] = parameter.start(first if slot == "nu" else 0.0)
-        elif not USES[slot](group):
-            arrays[field] = np.zeros(array(field, entry.get(NU, ())).shape)
-        elif field in entry:
-            arrays[field] = entry[field]
-    return arrays
+    if not entry:
+        return {SLOTS[slot]: parameter.start(first if slot == "nu" else 0.0) for slot in used}
+    idle = [slot for slot, uses in USES.items() if not uses(group)]
+    own = {field: x for field, x in entry.items() if field not in ("step", *(SLOTS[slot] for slot in idle))}
+    zeros = {SLOTS[slot]: np.zeros(array(NU, entry.get(NU, ())).shape) for slot in idle if slot in used}
+    return own | zeros
 
 
 def _class_of(group: Mapping[str, Any], stepped: list[Parameter]) -> Class | None:
