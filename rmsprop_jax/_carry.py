@@ -71,7 +71,10 @@ def carry_over(state: Any, into: Any, *, allow_new: bool = False) -> Any:
         (1, dtype('uint8'), Array([0, 0], dtype=int8))
     """
     allow_new = _checks.flag("allow_new", allow_new)
-    old, new = _collect(state, into)
+    # Each side decides whether a tuple on the other is optax.rmsprop's state or a chain of its parts.
+    chain, chain_into = (bool(_states.find(side, _states.is_optax_chain)) for side in (state, into))
+    old = _states.contents_of(state, whole=not chain_into)
+    new = _states.contents_of(into, "`into`", whole=not chain)
     found = _fitted(old, new)
     moves = {**_moves_of_accumulators(found, old, new), **_moves_of_wrappers(old, new)}
     problems = [
@@ -111,12 +114,6 @@ class Move(NamedTuple):
     sources: list[Any]  # the values it can get. None: it stays as it is. Several: they differ
     array: Any
     slot: str = ""  # if it is an accumulator
-
-
-def _collect(state: Any, into: Any) -> tuple[Contents, Contents]:
-    """Both sides, taken apart. Each decides whether a tuple on the other is optax.rmsprop's state or a chain."""
-    chain, chain_into = (bool(_states.find(side, _states.is_optax_chain)) for side in (state, into))
-    return _states.contents_of(state, whole=not chain_into), _states.contents_of(into, "`into`", whole=not chain)
 
 
 def _counts(old: Contents, names: Collection[Name] = ()) -> list[Any]:
