@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +91,7 @@ def carry_over(state: Any, into: Any, *, allow_new: bool = False) -> Any:
 
 
 def bare(state: Any, reason: str) -> tuple[Any, Any]:
-    """The count of a state, and one tree like the parameters with the accumulators of each, without boxes.
+    """The count of a state, and its accumulators in one tree like the parameters, without boxes.
 
     `reason`: why nothing can be done with what wrappers hold.
     """
@@ -101,8 +101,7 @@ def bare(state: Any, reason: str) -> tuple[Any, Any]:
     count, *others = _counts(contents)
     if others:
         raise ValueError(f"the groups have different counts: {listed([count, *others])}. {_ONE_COUNT}")
-    nus = [_states.nu_of(node) for node in contents.states.values()]
-    return count, _states.one_tree(nus, contents.accumulators().__getitem__)
+    return count, contents.accumulators_in_one_tree()
 
 
 # --- Collect ----------------------------------------------------------------------------------------------
@@ -118,8 +117,13 @@ class Move(NamedTuple):
 
 def _counts(old: Contents, names: Collection[Name] = ()) -> list[Any]:
     """The count of the groups that have these parameters, or of all groups. Several if they differ; 0 without one."""
-    groups = [at for at, node in old.states.items() if {*names}.intersection(_states.names_of(node))] or old.states
+    groups = [at for at, node in old.states.items() if {*names}.intersection(_names(node))] or old.states
     return _distinct([x for at in groups for x in old.counts(at)]) or [jnp.zeros((), jnp.int32)]
+
+
+def _names(node: Any) -> list[Name]:
+    """The parameters that have accumulators in a state of RMSProp."""
+    return [name for name, x in _states.arrays_of(_states.nu_of(node)).items() if not _states.is_masked(x)]
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -132,7 +136,7 @@ def _moves_of_accumulators(found: Mapping[Name, Accumulators], old: Contents, ne
     for at, node in new.states.items():
         for path, slot, name, x in _states.slots_of(node):
             if slot == "count":
-                moves[at + path] = Move(_counts(old, _states.names_of(node)), x)
+                moves[at + path] = Move(_counts(old, _names(node)), x)
             elif not _states.is_masked(x):
                 moves[at + path] = Move(_sources(found[name], slot, node, x) if name in found else [], x, slot)
     return moves
@@ -161,18 +165,15 @@ def _fitted(old: Contents, new: Contents) -> dict[Name, Accumulators]:
     sizes = [sum(map(math.prod, side.values())) for side in (shapes, places)]
     if vectors[0] == vectors[1] or sizes[0] != sizes[1]:
         return found
-    if vectors[1]:
-        return {(): Accumulators(*map(_joined, zip(*found.values(), strict=True)))}
+    joined = [  # a code comes back as it was
+        None if any(x is None for x in column) else ravel_pytree([_storage.decode(x) for x in column])[0]
+        for column in zip(*found.values(), strict=True)
+    ]
     ends = np.cumsum([math.prod(shape) for shape in places.values()]).tolist()
     return {
-        name: Accumulators(*(x if x is None else x[end - math.prod(shape) : end].reshape(shape) for x in found[()]))
+        name: Accumulators(*(x if x is None else x[end - math.prod(shape) : end].reshape(shape) for x in joined))
         for (name, shape), end in zip(places.items(), ends, strict=True)
     }
-
-
-def _joined(column: Sequence[Any]) -> Any:
-    # A code comes back as it was.
-    return None if any(x is None for x in column) else ravel_pytree([_storage.decode(x) for x in column])[0]
 
 
 def _moves_of_wrappers(old: Contents, new: Contents) -> dict[Path, Move]:
@@ -204,7 +205,7 @@ _NO_PLACE = "`into` has no place for it on the same side of RMSProp's state"
 def _unknown(found: Mapping[Name, Accumulators], old: Contents, new: Contents, allow_new: bool) -> Iterator[str]:
     """Parameters that only one of the two has."""
     absent, left_out = old.masked(), new.masked()
-    places = set().union(*map(_states.names_of, new.states.values()))
+    places = set().union(*map(_names, new.states.values()))
     added = [name for name in places if name not in found and not _below(name, absent)]
     if added and not allow_new:
         yield f"state has nothing for {shown_names(added)}: pass allow_new=True to start them as `into` has them"

@@ -33,9 +33,7 @@ __all__ = [
     "is_optax_chain",
     "map_arrays",
     "name_of",
-    "names_of",
     "nu_of",
-    "one_tree",
     "replace",
     "second_moment",
     "shared_keys",
@@ -114,6 +112,12 @@ class Contents(NamedTuple):
             )
         return {name: x for _, name, x in found}
 
+    def accumulators_in_one_tree(self) -> Any:
+        """A tree like the parameters with the accumulators of each, or a mask where no state has them."""
+        found = self.accumulators()
+        whole = functools.reduce(_merged, map(nu_of, self.states.values()))
+        return tree_map_with_path(lambda path, x: x if is_masked(x) else found[name_of(path)], whole, is_leaf=_is_leaf)
+
     def masked(self) -> set[Name]:
         """Parameters, or subtrees of them, that the states of RMSProp leave to others."""
         found = [arrays_of(nu_of(node)) for node in self.states.values()]
@@ -174,11 +178,6 @@ def slots_of(node: Any) -> Iterator[tuple[Path, str, Name, Any]]:
     above = 1 if type(node) is tuple else 0
     for path, x in tree_flatten_with_path(node, is_leaf=_is_leaf)[0]:
         yield path, path[above].name, name_of(path[above + 1 :]), _unboxed(x)
-
-
-def names_of(node: Any) -> list[Name]:
-    """The parameters that have accumulators in a state of RMSProp."""
-    return [name for name, x in arrays_of(nu_of(node)).items() if not is_masked(x)]
 
 
 def nu_of(node: Any) -> Any:
@@ -279,21 +278,16 @@ def is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def one_tree(trees: Iterable[Any], value: Callable[[Name], Any]) -> Any:
-    """One tree with these values, of the trees of groups: each is masked where another has the parameters."""
-
-    def merged(tree: Any, other: Any) -> Any:
-        holes = {name for name, x in arrays_of(other).items() if is_masked(x)}
-        return tree_map_with_path(
-            lambda _, x, y: y if is_masked(x) else x,
-            tree,
-            other,
-            is_leaf=lambda path, x: _is_leaf(x) or name_of(path) in holes,
-            is_leaf_takes_path=True,
-        )
-
-    whole = functools.reduce(merged, trees)
-    return tree_map_with_path(lambda path, x: x if is_masked(x) else value(name_of(path)), whole, is_leaf=_is_leaf)
+def _merged(tree: Any, other: Any) -> Any:
+    """One tree of two groups', each of which is masked where the other has the parameters."""
+    holes = {name for name, x in arrays_of(other).items() if is_masked(x)}
+    return tree_map_with_path(
+        lambda _, x, y: y if is_masked(x) else x,
+        tree,
+        other,
+        is_leaf=lambda path, x: _is_leaf(x) or name_of(path) in holes,
+        is_leaf_takes_path=True,
+    )
 
 
 def _is_leaf(x: Any) -> bool:
