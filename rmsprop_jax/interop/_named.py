@@ -11,7 +11,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from .. import _carry, _states, _storage
 from .._rmsprop import RMSPropState
-from .._text import listed
+from .._text import listed, repeated
 from ._arrays import array, updates
 
 
@@ -51,15 +51,10 @@ def state_of(
     stored: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...] | None] | None = None,
 ) -> RMSPropState:
-    """The state from all accumulators of a checkpoint, in any order.
+    """The state from all accumulators of a checkpoint, in any order. Its ν is E[g²].
 
-    Args:
-        optimizer: whose they should be.
-        entries: the arrays. ν is E[g²].
-        convert: from arrays by name to a tree of parameters. None: the dict itself.
-        count: of updates, if the caller says it.
-        stored: counts that the checkpoint has, by its names for them.
-        shapes: of the weights that must be there, by name; None where nobody knows.
+    `stored` has the checkpoint's own counts, by its names for them; `shapes` those of the weights that must be there,
+    by name, and None where nobody knows.
     """
     slots = _by_slot(optimizer, entries)
     _check_slots(optimizer, slots, shapes or {})
@@ -82,16 +77,14 @@ def _by_slot(optimizer: Optimizer, entries: Sequence[Entry]) -> dict[str, Arrays
     if not kinds <= set(theirs.values()) or theirs["nu"] not in kinds:
         foreign = [entry.key for entry in entries if entry.slot not in theirs.values()]
         raise somebody_else(optimizer, kinds, foreign or [entry.key for entry in entries])
-    ours = {kind: slot for slot, kind in theirs.items()}
-    slots: dict[str, Arrays] = {slot: {} for slot, kind in theirs.items() if kind in kinds or slot in optimizer.always}
-    keys: dict[tuple[str, str], str] = {}
-    for kind, name, x, key in entries:
-        if (kind, name) in keys:
-            both = f"{keys[kind, name]} and {key}"
-            raise ValueError(f"the checkpoint has {kind} of {name} twice, and they cannot be told apart: {both}")
-        keys[kind, name] = key
-        slots[ours[kind]][name] = array(key, x)
-    return slots
+    for kind, name in repeated((entry.slot, entry.name) for entry in entries):
+        both = " and ".join(entry.key for entry in entries if (entry.slot, entry.name) == (kind, name))
+        raise ValueError(f"the checkpoint has {kind} of {name} twice, and they cannot be told apart: {both}")
+    return {
+        slot: {entry.name: array(entry.key, entry.array) for entry in entries if entry.slot == kind}
+        for slot, kind in theirs.items()
+        if kind in kinds or slot in optimizer.always
+    }
 
 
 def somebody_else(optimizer: Optimizer, kinds: Iterable[str], found: Iterable[Any]) -> ValueError:
