@@ -139,10 +139,7 @@ class Contents(NamedTuple):
 def contents_of(state: Any, argument: str = "state", whole: bool = True) -> Contents:
     """Takes a state apart, or raises if no RMSProp is in it.
 
-    Args:
-        state: the state.
-        argument: its name in errors.
-        whole: whether a tuple that could be the state of optax.rmsprop is one, and no chain of its parts.
+    `whole`: whether a tuple that could be the state of optax.rmsprop is one, and no chain of its parts.
     """
     state = _without_dict_boxes(state)
     is_node = functools.partial(_is_rmsprop, whole=whole)

@@ -15,14 +15,9 @@ __all__ = ["array", "mapping", "pairs", "updates", "whole"]
 
 
 def array(key: str, x: Any, allowed: str = "an array of numbers") -> np.ndarray:
-    """Any framework's array in float64, so that E[g²] - E[g]² loses nothing more.
+    """Any framework's array, or nested lists of numbers as in JSON, in float64: E[g²] - E[g]² then loses nothing more.
 
-    Args:
-        key: its name in the checkpoint. This and `allowed` are for errors.
-        x: an array or tensor of NumPy, JAX, torch, TensorFlow and so on, or nested lists of numbers, as in JSON.
-
-    Raises:
-        ValueError: it is no array of real numbers.
+    What is no array of real numbers is an error. Its name in the checkpoint and `allowed` are for that.
     """
     if isinstance(x, Tracer):
         raise ValueError(f"{key} is traced: read checkpoints outside of jax.jit")

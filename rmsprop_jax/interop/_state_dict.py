@@ -95,11 +95,7 @@ def parameters(
 ) -> list[Parameter]:
     """The optimizer's parameters with their names, without those that `names` leaves out.
 
-    Args:
-        groups: of the checkpoint.
-        entries: by the keys of the groups.
-        names: as the caller gives them.
-        average: the name of ν in an entry, which has the shape of the weight.
+    `average` is the name of ν in an entry, which has the shape of the weight.
     """
     given, weights = _given(names)
     shapes = {name: tuple(np.shape(weight)) for name, weight in weights.items()}
