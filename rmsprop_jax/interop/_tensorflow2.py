@@ -1,5 +1,6 @@
 """TensorFlow 2's object checkpoints, where an array has the path through Python objects that leads to it."""
 
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -127,7 +128,7 @@ def _names(checkpoint: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]
         raise ValueError(f"this checkpoint numbers the optimizer's arrays, and their names are in {GRAPH}: add it")
     try:
         names = dict(_variables(np.asarray(checkpoint[GRAPH], object).item()))
-    except (IndexError, TypeError, UnicodeDecodeError) as error:
+    except (IndexError, OverflowError, RecursionError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{GRAPH} must be the bytes that TensorFlow saved under this key") from error
     if nameless := [key for key in keys if not names.get(key + VALUE)]:
         raise ValueError(f"{GRAPH} has no names for {listed(nameless)}: is it of another checkpoint?")
@@ -145,19 +146,13 @@ def _variables(graph: bytes) -> Iterator[tuple[str, str]]:
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Numbers and values of the fields of a protocol buffer that has only integers, texts and messages."""
-    position = 0
-    while position < len(message):
-        tag, position = _integer(message, position)
-        value, position = _integer(message, position)
-        if tag & 7 == 2:
-            value, position = message[position : position + value], position + value
-        yield tag >> 3, value
+    stream = io.BytesIO(message)
+    while stream.tell() < len(message):
+        tag, value = _integer(stream), _integer(stream)
+        yield tag >> 3, stream.read(value) if tag & 7 == 2 else value
 
 
-def _integer(message: bytes, position: int) -> tuple[int, int]:
-    """An integer of variable length, and the position behind it."""
-    end = position
-    while message[end] & 0x80:
-        end += 1
-    digits = [byte & 0x7F for byte in message[position : end + 1]]
-    return sum(digit << 7 * i for i, digit in enumerate(digits)), end + 1
+def _integer(stream: io.BytesIO) -> int:
+    """An integer of variable length: each byte has seven bits of it, the lowest first, and a flag for more."""
+    byte = stream.read(1)[0]
+    return byte if byte < 0x80 else byte - 0x80 + (_integer(stream) << 7)
