@@ -69,8 +69,7 @@ def from_paddle(
     given = {key: x for key, x in mapping(checkpoint).items() if key not in PASSED_OVER}
     if bits := [key for key, x in given.items() if str(getattr(x, "dtype", "")).endswith("uint16")]:
         raise ValueError(f"{listed(bits)} is uint16, the bits of bfloat16: use paddle.load, without return_numpy")
-    matches = {key: _NAME.fullmatch(key) for key in given}
-    found = {key: match.groups() if match else ("", key) for key, match in matches.items()}
+    found = {key: match.groups() if (match := _NAME.fullmatch(key)) else ("", key) for key in given}
     entries = [Entry(slot, (names or {}).get(weight, weight), given[key], key) for key, (weight, slot) in found.items()]
     stored = {key: x for key, x in (checkpoint.get("LR_Scheduler") or {}).items() if key == "last_epoch"}
     state = state_of(RMSPROP, entries, convert, count, stored)
