@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import DictKey, GetAttrKey, keystr, SequenceKey, tree_flatten_with_path, tree_map_with_path
@@ -120,8 +119,7 @@ class Contents(NamedTuple):
 
     def masked(self) -> set[Name]:
         """Parameters, or subtrees of them, that the states of RMSProp leave to others."""
-        found = [arrays_of(nu_of(node)) for node in self.states.values()]
-        return {name for arrays in found for name, x in arrays.items() if is_masked(x)}
+        return {name for node in self.states.values() for name, x in arrays_of(nu_of(node)).items() if is_masked(x)}
 
     def counts(self, at: Path) -> list[Any]:
         """Updates that a state of RMSProp has made: its own count or, if it has none, those of the nearest wrappers."""
@@ -149,7 +147,7 @@ def contents_of(state: Any, argument: str = "state", whole: bool = True) -> Cont
     of_params = {kind for x in states.values() for kind in _walk(nu_of(x), is_masked)[1].values()}
     wrappers = {path: kind for path, kind in records.items() if kind not in of_params}
     keys = {path: _key(path, wrappers, states) for path in arrays}
-    contents = Contents(states, arrays, keys, {(kind, _side(path, states)[1]) for path, kind in wrappers.items()})
+    contents = Contents(states, arrays, keys, {(x, _key(path, wrappers, states).side) for path, x in wrappers.items()})
     if not states:
         raise ValueError(_without_rmsprop(state, argument, contents))
     return contents
@@ -216,7 +214,7 @@ def _accumulators(node: Any) -> dict[Name, Accumulators]:
 def _in_our_terms(node: Any, nu: Any, mu: Any = None, trace: Any = None) -> Accumulators:
     if isinstance(node, RMSPropState):
         return Accumulators(nu, mu, trace)
-    nu, mu, trace = (x if x is None else jnp.asarray(x, _storage.compute_dtype(x.dtype)) for x in (nu, mu, trace))
+    nu, mu, trace = (x if x is None else _storage.decode(x) for x in (nu, mu, trace))
     nu = nu.real  # of a complex parameter it is complex in Optax, and its imaginary part zero
     return Accumulators(nu if mu is None else variance(nu, mu), mu, None if trace is None else -trace)
 
@@ -335,20 +333,16 @@ def _is_record(x: Any) -> bool:
 
 
 def _key(path: Path, records: Mapping[Path, type], states: Iterable[Path]) -> Key:
-    """The innermost record around an array that is not around RMSProp's state as well, and the array's side."""
-    shared, side = _side(path, states)
-    around = [n for n in range(shared, len(path)) if path[:n] in records]
-    if not around:  # as in a chain of plain dicts
-        return Key(None, "", name_of(path[shared + 1 :]), side)
-    depth = around[-1]
-    return Key(records[path[:depth]], path[depth].name, name_of(path[depth + 1 :]), side)
-
-
-def _side(path: Path, states: Iterable[Path]) -> tuple[int, frozenset[str]]:
-    """How many keys a path shares with the nearest states of RMSProp, and on which side of them it lies."""
+    """The innermost record around something, and the side on which it lies of the nearest states of RMSProp."""
     shared = {state: shared_keys(path, state) for state in states}
     nearest = max(shared.values(), default=0)
-    return nearest, frozenset(_direction(path[n : n + 1], state[n:]) for state, n in shared.items() if n == nearest)
+    side = frozenset(_direction(path[n : n + 1], state[n:]) for state, n in shared.items() if n == nearest)
+    # Further out than where the two paths part, a record says nothing.
+    around = [n for n in range(nearest, len(path)) if path[:n] in records]
+    if not around:  # as in a chain of plain dicts
+        return Key(None, "", name_of(path[nearest + 1 :]), side)
+    depth = around[-1]
+    return Key(records[path[:depth]], path[depth].name, name_of(path[depth + 1 :]), side)
 
 
 def _direction(mine: Path, theirs: Path) -> str:
