@@ -80,7 +80,7 @@ def carry_over(state: Any, into: Any, *, allow_new: bool = False) -> Any:
     problems = [
         *_unknown(found, old, new, allow_new),
         *_misfits(moves),
-        *_lost(old, new, _NO_PLACE),
+        *_lost(old, new, "`into` has no place for it on the same side of RMSProp's state"),
         *_exchanged_buffers(found, new, moves),
     ]
     if problems:
@@ -199,7 +199,6 @@ def _by_key(contents: Contents) -> dict[Key, list[Path]]:
 
 
 _ONE_COUNT = "Set one for all with optax.tree.set(state, count=...)"
-_NO_PLACE = "`into` has no place for it on the same side of RMSProp's state"
 
 
 def _unknown(found: Mapping[Name, Accumulators], old: Contents, new: Contents, allow_new: bool) -> Iterator[str]:
