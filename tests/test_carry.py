@@ -794,6 +794,11 @@ def test_all_parameters_as_one_vector(options):
     theirs = optax.flatten(optax.rmsprop(0.1, momentum=0.9))
     state, there = carried(theirs, rmsprop(0.1, momentum=0.9))
     chex.assert_trees_all_equal(carry_over(there, theirs.init(PARAMS)), state)
+    # A code beside a complex buffer is what it stands for.
+    mixed = {"complex": jnp.full(2, 1j), "real": jnp.full(3, 0.5)}
+    narrow, wide = (rmsprop(0.1, momentum=0.9, state_dtype=dtype) for dtype in (jnp.uint8, None))
+    state, there = carried(narrow, optax.flatten(wide), mixed)
+    np.testing.assert_array_equal(there.trace[2:], _storage.decode(state.trace["real"]))
 
 
 # --- Odd states ---------------------------------------------------------------------------------------------

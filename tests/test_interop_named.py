@@ -95,6 +95,7 @@ def test_a_centered_state_goes_out_as_frameworks_keep_it():
         "trace": [0, 0],
     }
     assert {arrays["w"].dtype for arrays in slots.values()} == {np.dtype("float32")}
+    assert interop.to_tensorflow1(rmsprop(0.1).init({}), dict) == {}
 
 
 def test_a_checkpoint_has_no_place_for_what_wrappers_hold():
