@@ -144,6 +144,7 @@ def contents_of(state: Any, argument: str = "state", whole: bool = True) -> Cont
     found, records = _walk(state, is_node)
     states = {path: x for path, x in found.items() if is_node(x)}
     arrays = {path: _unboxed(x) for path, x in found.items() if path not in states}
+    # A record among the parameters, such as a module, is no wrapper, also where an average of them is kept.
     of_params = {kind for x in states.values() for kind in _walk(nu_of(x), is_masked)[1].values()}
     wrappers = {path: kind for path, kind in records.items() if kind not in of_params}
     keys = {path: _key(path, wrappers, states) for path in arrays}
@@ -337,7 +338,7 @@ def _key(path: Path, records: Mapping[Path, type], states: Iterable[Path]) -> Ke
     shared = {state: shared_keys(path, state) for state in states}
     nearest = max(shared.values(), default=0)
     side = frozenset(_direction(path[n : n + 1], state[n:]) for state, n in shared.items() if n == nearest)
-    # Further out than where the two paths part, a record says nothing.
+    # A record further out than where the two paths part is around both, in one field.
     around = [n for n in range(nearest, len(path)) if path[:n] in records]
     if not around:  # as in a chain of plain dicts
         return Key(None, "", name_of(path[nearest + 1 :]), side)

@@ -106,7 +106,7 @@ SLOTS = {"nu": "velocity", "mu": "average_gradient", "trace": "momentum"}
 KERAS_3 = Generation(r"(?:(?P<scope>.*)/)?(?P<weight>[^/]+)_(?P<slot>velocity|average_gradient|momentum)", SLOTS)
 TF_KERAS = Generation(r"(?:(?P<scope>.*?)/)?(?P<slot>velocity|average_gradient|momentum)/(?P<weight>.+)", SLOTS)
 LEGACY = Generation(
-    r"(?P<scope>[^/]+)/(?P<weight>.+)/(?P<slot>rms|mg|momentum)", {"nu": "rms", "mu": "mg", "trace": "momentum"}
+    r"(?P<scope>{})/(?P<weight>.+)/(?P<slot>rms|mg|momentum)", {"nu": "rms", "mu": "mg", "trace": "momentum"}
 )
 
 ITERATION = r"(.*/)?(iteration|iterations|iter)"
@@ -146,9 +146,9 @@ def state_of_variables(
 def _accumulators(paths: Iterable[str]) -> tuple[Generation, dict[str, re.Match[str]]]:
     """The paths of accumulators, in the generation that knows most of them."""
     scopes = [path.removesuffix("/iter") for path in paths if path.endswith("/iter")]  # only LEGACY has it
-    legacy = LEGACY._replace(pattern=LEGACY.pattern.replace("[^/]+", "|".join([*map(re.escape, scopes), "[^/]+"]), 1))
+    legacy = LEGACY._replace(pattern=LEGACY.pattern.format("|".join([*map(re.escape, scopes), "[^/]+"])))
     found = []
-    for generation in (legacy, TF_KERAS, KERAS_3) if scopes else (TF_KERAS, KERAS_3, LEGACY):
+    for generation in (legacy, TF_KERAS, KERAS_3) if scopes else (TF_KERAS, KERAS_3, legacy):
         matches = {path: match for path in paths if (match := re.fullmatch(generation.pattern, path))}
         has_nu = any(match["slot"] == generation.slots["nu"] for match in matches.values())
         found.append((has_nu, len(matches), generation, matches))
