@@ -96,11 +96,12 @@ def _masked(params: optax.Params, mask: Any) -> optax.Params:
 
 def without_float0(updates: optax.Updates) -> optax.Updates:
     """Gradients of integers, as jax.grad(..., allow_int=True) makes them, become None. All others must be arrays."""
-    if all(isinstance(x, jax.Array) for x in jax.tree.leaves(updates)):
+    float0 = jax.dtypes.float0  # a NumPy array outside of jit, and a tracer, which is a jax.Array, inside
+    if all(isinstance(x, jax.Array) and x.dtype != float0 for x in jax.tree.leaves(updates)):
         return updates
 
     def leaf(path: Any, grad: Any) -> Any:
-        if getattr(grad, "dtype", None) == jax.dtypes.float0:
+        if getattr(grad, "dtype", None) == float0:
             return None
         checked_dtype("gradient", path, grad)
         return grad
