@@ -6,7 +6,7 @@ Nothing here knows the equations.
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +19,15 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _bits, _placement, _storage, _trees
 
 
-__all__ = ["Rule", "Slot", "exportable", "transformation"]
-
-
-class Slot(NamedTuple):
-    """An accumulator that a rule keeps for each parameter."""
-
-    name: str
-    narrowest: DTypeLike  # its dtype in a state of one byte
-    non_negative: bool = False  # and therefore real, also for a complex parameter
+__all__ = ["Rule", "exportable", "transformation"]
 
 
 class Rule(Protocol):
     """The update of one array. Hashed by value: equal rules share one compiled update."""
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
-        """The slots in use."""
+    def slots(self) -> Mapping[str, DTypeLike]:
+        """The slots in use, with their dtypes in a state of one byte. A slot of unsigned numbers is real."""
         ...
 
     def scalars(self, count: jax.Array, hyperparameters: Any) -> Any:
@@ -71,20 +63,18 @@ def transformation(
     """
 
     def init(params: optax.Params) -> Any:
-        def build(slot: Slot) -> optax.Params:
+        def build(slot: str) -> optax.Params:
             def leaf(path: Any, param: Any) -> jax.Array | None:
                 dtype = _trees.checked_dtype("parameter", path, param)
                 if not jnp.issubdtype(dtype, jnp.inexact):
                     return None
-                dtype = _storage.compute_dtype(dtype)
-                dtype = _storage.real_dtype(dtype) if slot.non_negative else dtype
-                dtype = _storage.state_dtype_of(dtype, state_dtype, slot.narrowest)
-                return _storage.full_like(param, initial.get(slot.name, 0.0), dtype)
+                kept = _storage.kept_dtype(dtype, state_dtype, rule.slots[slot])
+                return _storage.full_like(param, initial.get(slot, 0.0), kept)
 
             return jax.tree.map_with_path(leaf, params)
 
         # Slot by slot, not leaf by leaf: optax.tree.map_params passes a node without leaves.
-        return state_type(count=_placement.zero_count(params), **{slot.name: build(slot) for slot in rule.slots})
+        return state_type(count=_placement.zero_count(params), **{slot: build(slot) for slot in rule.slots})
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -126,12 +116,9 @@ def _update(
     def scalars(dtype: np.dtype) -> Any:
         return rule.scalars(count, jax.tree.map(lambda x: jnp.asarray(x, dtype), hyperparameters))
 
-    @functools.cache
-    def seed(slot: str) -> _bits.Seed:
-        return _bits.seeds(count, slot)
-
+    seed = functools.cache(functools.partial(_bits.seeds, count))
     flat = leaves, treedef = _trees.flatten(updates)
-    columns = {slot.name: _trees.column(flat, getattr(state, slot.name), f"state.{slot.name}") for slot in rule.slots}
+    columns = {slot: _trees.column(flat, getattr(state, slot), f"state.{slot}") for slot in rule.slots}
 
     steps: list[Any] = [None] * len(leaves)
     for i, (path, grad) in enumerate(leaves):
@@ -168,10 +155,11 @@ def _update_array(
     g = jnp.asarray(grad, dtype)
     p = None if param is None else jnp.asarray(param, dtype)
     real = _storage.real_dtype(dtype)
-    slots = {
-        slot.name: _storage.load(encoded[slot.name], real if slot.non_negative else dtype, seeds.get(slot.name), g)
-        for slot in rule.slots
-    }
+    slots = {}
+    for name in rule.slots:
+        noise = _bits.noise(seeds[name], g) if name in seeds else None
+        value = _storage.decode(encoded[name]).astype(dtype if jnp.iscomplexobj(encoded[name]) else real)
+        slots[name] = _storage.Accumulator(encoded[name], value, noise)
     with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
         step, slots = rule(scalars, g, p, slots)
     return _storage.saturate(step, jnp.result_type(grad)), {name: slots[name].encoded for name in encoded}
@@ -185,10 +173,9 @@ def _check_state(rule: Rule, state: Any, state_type: type[Any], updates: optax.U
         raise TypeError(f"state has type {type(state).__name__}: allowed is the {state_type.__name__} that init makes")
     if updates is None:  # its state is None, whatever is on
         return
-    on = {slot.name for slot in rule.slots}
     for name in state_type._fields[1:]:
-        if (name in on) == (getattr(state, name) is None):
-            found = f"state.{name} is {'' if name in on else 'not '}None"
+        if (name in rule.slots) == (getattr(state, name) is None):
+            found = f"state.{name} is {'' if name in rule.slots else 'not '}None"
             raise ValueError(f"{found}: the state was made with other options. Use carry_over(state, tx.init(params))")
 
 
@@ -205,6 +192,6 @@ def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[s
         if other is not None and jnp.shape(other) != jnp.shape(grad):
             found = f"gradient{keystr(path)} has shape {jnp.shape(grad)}"
             raise ValueError(f"{found}, but its {name} has {jnp.shape(other)}: they must be equal")
-    for other in [param, *(encoded[slot.name] for slot in rule.slots if not slot.non_negative)]:
+    for other in [param, *(encoded[name] for name, narrowest in rule.slots.items() if _storage.is_signed(narrowest))]:
         if other is not None:
             _trees.check_kind(path, grad, other)

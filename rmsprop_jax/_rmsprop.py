@@ -309,12 +309,15 @@ class _Rule:
             object.__setattr__(self, name, _checks.flag(name, value))
 
     @property
-    def slots(self) -> tuple[_pytree.Slot, ...]:
-        nu = _pytree.Slot("nu", narrowest=jnp.uint8, non_negative=True)
-        # A mean in one byte could not tell gradients apart that differ by less than half of it.
-        mu = (_pytree.Slot("mu", narrowest=jnp.bfloat16),) if self.centered else ()
-        trace = (_pytree.Slot("trace", narrowest=jnp.int8),) if self.momentum else ()
-        return (nu, *mu, *trace)
+    def slots(self) -> dict[str, DTypeLike]:
+        slots: dict[str, DTypeLike] = {"nu": jnp.uint8}
+        if self.centered:
+            slots["mu"] = (
+                jnp.bfloat16
+            )  # a mean in one byte could not tell gradients apart that differ by less than half
+        if self.momentum:
+            slots["trace"] = jnp.int8
+        return slots
 
     def scalars(self, count: jax.Array, hyperparameters: _Scalars) -> _Scalars:
         decay, one_minus_decay = hyperparameters.decay, hyperparameters.one_minus_decay

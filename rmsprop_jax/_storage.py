@@ -11,24 +11,22 @@ from . import _bits, _placement
 
 
 __all__ = [
-    "STATE_DTYPES",
     "Accumulator",
     "compute_dtype",
     "decode",
-    "encode",
     "full_like",
     "is_rounded",
-    "load",
+    "is_signed",
+    "kept_dtype",
     "real_dtype",
     "recode",
     "requested_dtype",
     "saturate",
-    "state_dtype_of",
 ]
 
 
 # The dtypes a user can ask for. By default an accumulator is kept in the dtype in which it is computed.
-STATE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.uint8))
+_STATE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.uint8))
 
 
 class Accumulator(NamedTuple):
@@ -40,7 +38,7 @@ class Accumulator(NamedTuple):
 
     def set(self, x: jax.Array) -> "Accumulator":
         """Keeps `x`. The new value is `x` as the state holds it."""
-        encoded = encode(x, self.encoded.dtype, self.noise)
+        encoded = _encode(x, self.encoded.dtype, self.noise)
         return Accumulator(encoded, decode(encoded).astype(x.dtype), self.noise)
 
     @property
@@ -54,17 +52,7 @@ class Accumulator(NamedTuple):
         return _bits.LARGEST_UINT8 if dtype == jnp.uint8 else float(jnp.finfo(dtype).max / 16)
 
 
-def load(encoded: jax.Array, dtype: DTypeLike, seed: _bits.Seed | None, source: jax.Array) -> Accumulator:
-    """The accumulator of an array in the state, with a value in `dtype`.
-
-    The bits of `source`, an array of the same shape, tell the elements' random bits apart. Without a seed, nothing
-    is rounded.
-    """
-    noise = None if seed is None else _bits.noise(seed, source)
-    return Accumulator(encoded, decode(encoded).astype(dtype), noise)
-
-
-def encode(x: jax.Array, dtype: DTypeLike, noise: Any) -> jax.Array:
+def _encode(x: jax.Array, dtype: DTypeLike, noise: Any) -> jax.Array:
     """Rounds `x` to `dtype`: stochastically if `dtype` is narrow, where `noise` is random bits."""
     if dtype == jnp.uint8:
         return _bits.to_uint8(x, noise)
@@ -87,20 +75,20 @@ def recode(encoded: jax.Array, dtype: DTypeLike, count: jax.Array, purpose: str)
     if encoded.dtype == dtype:
         return encoded
     value = decode(encoded)
-    return encode(value, dtype, _bits.noise(_bits.seeds(count, purpose), value) if is_rounded(dtype) else None)
+    return _encode(value, dtype, _bits.noise(_bits.seeds(count, purpose), value) if is_rounded(dtype) else None)
 
 
 def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """A new array of `param`'s shape and sharding that keeps `value`, rounded to nearest, in `dtype`."""
     if dtype in (jnp.uint8, jnp.int8):
         # abs, because -0 has a sign bit.
-        value = encode(jnp.abs(jnp.asarray(value, jnp.float32)), dtype, np.uint32(1 << 31))
+        value = _encode(jnp.abs(jnp.asarray(value, jnp.float32)), dtype, np.uint32(1 << 31))
     return _placement.full_like(param, value, dtype)
 
 
 def is_rounded(dtype: DTypeLike) -> bool:
     """Whether an accumulator kept in `dtype` is rounded stochastically."""
-    return dtype in (*STATE_DTYPES, jnp.int8)
+    return dtype in (*_STATE_DTYPES, jnp.int8)
 
 
 def requested_dtype(value: DTypeLike | None) -> np.dtype | None:
@@ -115,18 +103,25 @@ def requested_dtype(value: DTypeLike | None) -> np.dtype | None:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype not in STATE_DTYPES:
+    if dtype not in _STATE_DTYPES:
         raise ValueError(f"state_dtype={value!r}: {allowed}")
     return dtype
 
 
-def state_dtype_of(dtype: DTypeLike, state_dtype: np.dtype | None, narrowest: DTypeLike) -> np.dtype:
-    """The dtype that keeps an accumulator computed in `dtype`; `narrowest` where one byte is asked for.
+def is_signed(narrowest: DTypeLike) -> bool:
+    """Whether a slot with this dtype in a state of one byte can be negative, and complex for a complex parameter."""
+    return not jnp.issubdtype(narrowest, jnp.unsignedinteger)
+
+
+def kept_dtype(param: DTypeLike, state_dtype: np.dtype | None, narrowest: DTypeLike) -> np.dtype:
+    """The dtype that keeps a slot of a parameter; `narrowest` where one byte is asked for.
 
     There is no complex dtype of half precision, so complex accumulators stay as they are.
     """
+    dtype = compute_dtype(param)
+    dtype = dtype if is_signed(narrowest) else real_dtype(dtype)
     if state_dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
-        return np.dtype(dtype)
+        return dtype
     return np.dtype(narrowest) if state_dtype == jnp.uint8 else state_dtype
 
 
