@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import export
-from jax.tree_util import keystr
+from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike, DTypeLike
 
 from . import _bits, _placement, _storage, _trees
@@ -83,7 +83,7 @@ def transformation(
         _check_state(rule, state, state_type, updates)
         column = None
         if needs_params is None:
-            _trees.check_kinds(updates, params)
+            _check_kinds(updates, params)
         else:
             column = _trees.params_with_gradients(_trees.flatten(updates), params, needs_params, params_mask)
         return _update(rule, hyperparameters(state.count), updates, state, column, extra_args.get("layer"))
@@ -188,10 +188,22 @@ def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[s
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"gradient{keystr(path)} has dtype {dtype}: allowed are floating and complex dtypes")
-    for name, other in {"parameter": param, **encoded}.items():
-        if other is not None and jnp.shape(other) != jnp.shape(grad):
-            found = f"gradient{keystr(path)} has shape {jnp.shape(grad)}"
-            raise ValueError(f"{found}, but its {name} has {jnp.shape(other)}: they must be equal")
+    _trees.check_shapes("gradient", path, grad, {"parameter": param, **encoded})
     for other in [param, *(encoded[name] for name, narrowest in rule.slots.items() if _storage.is_signed(narrowest))]:
         if other is not None:
-            _trees.check_kind(path, grad, other)
+            _check_kind(path, grad, other)
+
+
+def _check_kinds(updates: optax.Updates, params: Any) -> None:
+    """Checks that a gradient is complex where its parameter is, if the structures of both are equal."""
+    (leaves, treedef), (others, other_treedef) = tree_flatten_with_path(updates), jax.tree.flatten(params)
+    if treedef == other_treedef:
+        for (path, grad), param in zip(leaves, others, strict=True):
+            if hasattr(param, "dtype"):
+                _check_kind(path, grad, param)
+
+
+def _check_kind(path: Any, grad: Any, other: Any) -> None:
+    if jnp.iscomplexobj(grad) != jnp.iscomplexobj(other):
+        kinds = "complex, its parameter is real" if jnp.iscomplexobj(grad) else "real, its parameter is complex"
+        raise TypeError(f"gradient{keystr(path)} is {kinds}: both must be real or both complex")

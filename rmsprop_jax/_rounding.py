@@ -235,10 +235,7 @@ def _update(
             )
         if p is None:
             continue
-        for name, other in {"parameter": p, "state.rest": rests[i]}.items():
-            if other is not None and jnp.shape(other) != jnp.shape(u):
-                found = f"update{keystr(path)} has shape {jnp.shape(u)}"
-                raise ValueError(f"{found}, but its {name} has {jnp.shape(other)}: they must be equal")
+        _trees.check_shapes("update", path, u, {"parameter": p, "state.rest": rests[i]})
         new[i], rests[i] = _round_array(_bits.within_stack(seed, layer, p.shape), u, p, rests[i])
     return treedef.unflatten(new), RoundParamsState(step, treedef.unflatten(rests) if has_rest else None)
 

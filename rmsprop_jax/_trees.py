@@ -1,5 +1,6 @@
 """Trees of gradients and parameters: leaves in one order, and errors that name a leaf by its path."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,8 +14,7 @@ from ._text import listed
 
 __all__ = [
     "Flat",
-    "check_kind",
-    "check_kinds",
+    "check_shapes",
     "checked_dtype",
     "checked_mask",
     "column",
@@ -133,19 +133,9 @@ def checked_dtype(kind: str, path: Any, leaf: Any) -> Any:
     raise TypeError(f"{kind}{keystr(path)} has {found}: allowed are JAX and NumPy arrays of numbers. {way_out}")
 
 
-def check_kinds(updates: optax.Updates, params: Any) -> None:
-    """Checks that a gradient is complex where its parameter is, if the structures of both are equal."""
-    if params is None:
-        return
-    (leaves, treedef), (others, other_treedef) = tree_flatten_with_path(updates), jax.tree.flatten(params)
-    if treedef == other_treedef:
-        for (path, grad), param in zip(leaves, others, strict=True):
-            if hasattr(param, "dtype"):
-                check_kind(path, grad, param)
-
-
-def check_kind(path: Any, grad: Any, other: Any) -> None:
-    """Checks that a gradient is complex if `other` is, its parameter or what is kept for it."""
-    if jnp.iscomplexobj(grad) != jnp.iscomplexobj(other):
-        kinds = "complex, its parameter is real" if jnp.iscomplexobj(grad) else "real, its parameter is complex"
-        raise TypeError(f"gradient{keystr(path)} is {kinds}: both must be real or both complex")
+def check_shapes(kind: str, path: Any, leaf: Any, others: Mapping[str, Any]) -> None:
+    """Checks that a leaf has the shape of its parameter, and of what is kept for it; None is not there."""
+    for name, other in others.items():
+        if other is not None and jnp.shape(other) != jnp.shape(leaf):
+            found = f"{kind}{keystr(path)} has shape {jnp.shape(leaf)}"
+            raise ValueError(f"{found}, but its {name} has {jnp.shape(other)}: they must be equal")
