@@ -1,4 +1,4 @@
-"""Checks of arguments: flags, numbers and counts.
+"""Checks of arguments: flags, numbers, schedules and counts.
 
 The value of a `jax.Array` is not looked at, because it may be traced. Only a count must be known.
 """
@@ -6,6 +6,7 @@ The value of a `jax.Array` is not looked at, because it may be traced. Only a co
 import math
 import numbers
 import reprlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 
-__all__ = ["COUNTS", "count", "equals", "flag", "is_traced", "limit", "number", "off", "plain", "positive", "refuse"]
+__all__ = ["COUNTS", "count", "flag", "is_traced", "limit", "number", "off", "positive", "refuse", "schedule"]
 
 COUNTS = "a whole number from {} to 2147483647"  # from which limit, for errors
 
@@ -40,32 +41,40 @@ def number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -
     return number
 
 
+def schedule(name: str, value: Any, lower: float = 0.0) -> Callable[[jax.Array], Any]:
+    """A function of the count. A number is checked at once, and a schedule's where it is called; None is off."""
+    if callable(value):
+        return lambda count: number(f"{name}(count)", value(count), lower=lower)
+    constant = None if value is None else number(name, value, lower=lower)
+    return lambda count: constant
+
+
 def is_traced(value: Any) -> bool:
     """Whether the value may be traced."""
     return isinstance(value, jax.Array)
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """NumPy's scalars and 0-d arrays as Python's."""
     return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.shape == () else value
 
 
-def equals(value: Any, number: Any) -> bool:
+def _equals(value: Any, number: Any) -> bool:
     """Whether a value that is not traced is this number."""
-    value = plain(value)
-    return not isinstance(value, np.ndarray) and bool(value == plain(number))
+    value = _plain(value)
+    return not isinstance(value, np.ndarray) and bool(value == _plain(number))
 
 
 def off(value: Any) -> Any:
     """`value`, or None if it is 0, with which frameworks switch an option off."""
-    return None if value is None or (not is_traced(value) and equals(value, 0)) else value
+    return None if value is None or (not is_traced(value) and _equals(value, 0)) else value
 
 
 def flag(name: str, value: Any) -> bool:
     """Checks a boolean."""
-    if not isinstance(plain(value), bool):
+    if not isinstance(_plain(value), bool):
         raise TypeError(f"{name}={value!r} has type {type(value).__name__}: allowed are True and False")
-    return plain(value)
+    return _plain(value)
 
 
 def positive(name: str, value: Any) -> Any:
@@ -93,7 +102,7 @@ def count(name: str, value: Any, lower: int = 0) -> int:
     """
     if isinstance(value, Tracer):
         raise TypeError(f"{name} is traced: make it static. With optax.inject_hyperparams, name it in static_args")
-    number = plain(np.asarray(value) if isinstance(value, jax.Array) else value)
+    number = _plain(np.asarray(value) if isinstance(value, jax.Array) else value)
     whole = isinstance(number, int) or (isinstance(number, float) and value is not number and number.is_integer())
     if not whole or isinstance(number, bool) or not lower <= number <= np.iinfo(np.int32).max:
         raise ValueError(f"{name}={reprlib.repr(value)}: allowed is {COUNTS.format(lower)}")
@@ -109,5 +118,5 @@ def refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:
             f"{name} is a JAX array, but the argument is not available here: {remedy}. "
             "optax.inject_hyperparams makes arrays of all numbers: name it in static_args"
         )
-    if not equals(value, neutral):
+    if not _equals(value, neutral):
         raise ValueError(f"{name}={value!r} is not available here: {remedy}")

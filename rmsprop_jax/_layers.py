@@ -112,14 +112,12 @@ def value_and_update(
             raise ValueError("loss never calls layers: call it once, in the place of the scan over the layers")
 
         def value_of(outer: Any, result: Any) -> Any:
-            calls = 0
+            results = [result]
 
             def layers(*_: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls > 1:
+                if not results:
                     raise ValueError("loss calls layers twice: call it once, since each layer is updated once")
-                return result
+                return results.pop()
 
             value = loss(outer, layers, *args)
             return value if has_aux else (value, None)

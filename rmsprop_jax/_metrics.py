@@ -271,18 +271,11 @@ def _learning_rates(contents: _states.Contents, given: Any, count: Any) -> dict[
     if given is not None:
         if "learning_rate" in rates:
             raise ValueError("learning_rate is given, but state has an injected one: leave the argument out")
-        rates["learning_rate"] = _given_rate(given, count)
+        if callable(given) and not isinstance(count, jax.Array):
+            raise ValueError("nothing in state counts updates, which a schedule needs: pass a number as learning_rate")
+        last = jnp.maximum(count - 1, 0)  # `update` reads a schedule before it counts
+        rates["learning_rate"] = _checks.schedule("learning_rate", given, lower=-math.inf)(last)
     return {name: jnp.asarray(rate, jnp.float32) for name, rate in rates.items()}
-
-
-def _given_rate(given: Any, count: Any) -> Any:
-    """The learning rate of the last update."""
-    if not callable(given):
-        return _checks.number("learning_rate", given, lower=-math.inf)
-    if not isinstance(count, jax.Array):
-        raise ValueError("nothing in state counts updates, which a schedule needs: pass the learning rate as a number")
-    last = jnp.maximum(count - 1, 0)  # `update` reads a schedule before it counts
-    return _checks.number("learning_rate(count)", given(last), lower=-math.inf)
 
 
 def _scalar(what: str, path: _states.Path, x: Any) -> jax.Array:

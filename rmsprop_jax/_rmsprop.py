@@ -6,7 +6,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _checks, _equality, _pytree, _storage, _trees
 
 
-__all__ = ["RMSPropState", "powers", "rmsprop", "scale_by_rms"]
+__all__ = ["RMSPropState", "rmsprop", "scale_by_rms"]
 
 
 @_pytree.exportable
@@ -190,7 +190,8 @@ def rmsprop(
 
     decay, eps = _checks.number("decay", decay, upper=1.0), _checks.number("eps", eps)
     momentum = None if momentum is None else _checks.number("momentum", momentum, upper=1.0)
-    rate, strength = _schedule("learning_rate", learning_rate, -math.inf), _schedule("weight_decay", weight_decay)
+    rate = _checks.schedule("learning_rate", learning_rate, lower=-math.inf)
+    strength = _checks.schedule("weight_decay", weight_decay)
     # A larger ε is far above what ν or its root can lose.
     tiny: Any = 1e-20 if rule.eps_in_sqrt else 1e-10
     tx = _pytree.transformation(
@@ -261,14 +262,6 @@ def scale_by_rms(
     return rmsprop(-1.0, decay, eps, initial_scale, eps_in_sqrt, centered, **options)
 
 
-def _schedule(name: str, value: Any, lower: float = 0.0) -> Callable[[jax.Array], Any]:
-    """A function of the count. A number is checked at once, and a schedule's where it is called; None is off."""
-    if callable(value):
-        return lambda count: _checks.number(f"{name}(count)", value(count), lower=lower)
-    number = None if value is None else _checks.number(name, value, lower=lower)
-    return lambda count: number
-
-
 # --- The rule ---------------------------------------------------------------------------------------------
 
 
@@ -320,9 +313,9 @@ class _Rule:
         return slots
 
     def scalars(self, count: jax.Array, hyperparameters: _Scalars) -> _Scalars:
-        decay, one_minus_decay = hyperparameters.decay, hyperparameters.one_minus_decay
+        decay, one_minus_decay, eps = hyperparameters.decay, hyperparameters.one_minus_decay, hyperparameters.eps
         tiny = float(jnp.finfo(decay.dtype).tiny)
-        power, one_minus_power = powers(decay, one_minus_decay, count)
+        power, one_minus_power = _powers(decay, one_minus_decay, count)
         scalars = hyperparameters._replace(
             minus_learning_rate=-hyperparameters.learning_rate,
             # Two selects, because the derivative of the branch that is not selected must be finite as well.
@@ -331,20 +324,19 @@ class _Rule:
             # An average that never moves, at ρ = 1, has no bias.
             bias=jnp.where(one_minus_power < tiny, 1, one_minus_power) if self.bias_correction else 1,
             least=tiny,
-            at_zero=hyperparameters.eps,
+            at_zero=eps,
         )
-        return self._with_guards(scalars, one_minus_power, tiny) if self.eps_may_be_tiny else scalars
-
-    def _with_guards(self, scalars: _Scalars, one_minus_power: jax.Array, tiny: float) -> _Scalars:
+        if not self.eps_may_be_tiny:
+            return scalars
         # An update loses (1-ρ)|g|² if that is below `tiny`, so ν̂ can be too small by tiny / (1-ρ). (Some machines keep
         # such subnormal numbers. Here they count as 0 on every machine.)
-        least = tiny / jnp.where(scalars.one_minus_decay < tiny, 1, scalars.one_minus_decay)
+        least = tiny / jnp.where(one_minus_decay < tiny, 1, one_minus_decay)
         gain = 0 if self.centered else jnp.sqrt(jax.lax.stop_gradient(one_minus_power / scalars.bias))
         floor = least if self.eps_in_sqrt else jnp.sqrt(least) if self.centered else 0
-        at_least = jnp.maximum(scalars.eps, jax.lax.stop_gradient(floor))
-        is_zero = scalars.eps < tiny
+        at_least = jnp.maximum(eps, jax.lax.stop_gradient(floor))
+        is_zero = eps < tiny
         return scalars._replace(
-            eps=jnp.where(is_zero, 0, at_least) if self.eps_in_sqrt else scalars.eps,
+            eps=jnp.where(is_zero, 0, at_least) if self.eps_in_sqrt else eps,
             least=jax.lax.stop_gradient(least),
             at_zero=jnp.where(is_zero, 1, at_least),
             root_gain=gain,
@@ -409,7 +401,7 @@ class _Rule:
         return jnp.where(is_zero, at_zero, jnp.sqrt(jnp.where(is_zero, 1, nu_hat)) + scalars.eps) + zero
 
 
-def powers(decay: jax.Array, one_minus_decay: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _powers(decay: jax.Array, one_minus_decay: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """ρᵗ and 1 - ρᵗ, which is right also where float32 rounds ρ = 0.99999 by 0.1 percent of 1-ρ."""
     t = count.astype(decay.dtype)
     # Below, 1 - ρᵗ as Optax computes it is off by 1e-5 at most. So at 0.999 we equal optax.scale_by_adam.
