@@ -47,13 +47,14 @@ def _before(change: _Change, number: Any, params_for: str | None = None) -> opta
     """
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        flat = leaves, treedef = _trees.flatten(_trees.without_float0(updates))
+        updates = _trees.without_float0(updates)
+        leaves, treedef = _trees.flatten(updates)
         grads = [grad for _, grad in leaves]
         live = [i for i, x in enumerate(grads) if x is not None and jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
         theirs = None
         if params_for is not None and live:
-            column = _trees.params_with_gradients(flat, params, params_for)
-            theirs = [column[i] for i in live]
+            column, _ = _trees.flatten(_trees.params_with_gradients(updates, params, params_for))
+            theirs = [column[i][1] for i in live]
         for i, new in zip(live, _changed(change, number, [grads[i] for i in live], theirs), strict=True):
             grads[i] = new
         return treedef.unflatten(grads)

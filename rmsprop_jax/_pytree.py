@@ -81,12 +81,12 @@ def transformation(
     ) -> tuple[optax.Updates, Any]:
         updates = _trees.without_float0(updates)
         _check_state(rule, state, state_type, updates)
-        column = None
         if needs_params is None:
             _check_kinds(updates, params)
+            params = None
         else:
-            column = _trees.params_with_gradients(_trees.flatten(updates), params, needs_params, params_mask)
-        return _update(rule, hyperparameters(state.count), updates, state, column, extra_args.get("layer"))
+            params = _trees.params_with_gradients(updates, params, needs_params, params_mask)
+        return _update(rule, hyperparameters(state.count), updates, state, params, extra_args.get("layer"))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -108,7 +108,7 @@ def exportable(state_type: type[Any]) -> type[Any]:
 # in each step; it finds the update that the previous one compiled.
 @functools.partial(jax.jit, static_argnames="rule", inline=True)
 def _update(
-    rule: Rule, hyperparameters: Any, updates: optax.Updates, state: Any, params: list[Any] | None, layer: Any
+    rule: Rule, hyperparameters: Any, updates: optax.Updates, state: Any, params: optax.Params | None, layer: Any
 ) -> tuple[optax.Updates, Any]:
     count = jnp.asarray(optax.safe_increment(state.count))
 
@@ -117,15 +117,8 @@ def _update(
         return rule.scalars(count, jax.tree.map(lambda x: jnp.asarray(x, dtype), hyperparameters))
 
     seed = functools.cache(functools.partial(_bits.seeds, count))
-    flat = leaves, treedef = _trees.flatten(updates)
-    columns = {slot: _trees.column(flat, getattr(state, slot), f"state.{slot}") for slot in rule.slots}
 
-    steps: list[Any] = [None] * len(leaves)
-    for i, (path, grad) in enumerate(leaves):
-        if grad is None:
-            continue
-        param = None if params is None else params[i]
-        encoded = {name: leaves_of_slot[i] for name, leaves_of_slot in columns.items()}
+    def leaf(path: Any, grad: Any, param: Any, encoded: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         _check_leaf(rule, path, grad, param, encoded)
         dtype = np.result_type(*(_storage.compute_dtype(jnp.result_type(x)) for x in (grad, *encoded.values())))
         seeds = {
@@ -133,11 +126,11 @@ def _update(
             for name, x in encoded.items()
             if _storage.is_rounded(x.dtype)
         }
-        steps[i], new = _update_array(rule, dtype, scalars(_storage.real_dtype(dtype)), seeds, grad, param, encoded)
-        for name, x in new.items():
-            columns[name][i] = x
-    trees = {name: treedef.unflatten(leaves_of_slot) for name, leaves_of_slot in columns.items()}
-    return treedef.unflatten(steps), state._replace(count=count, **trees)
+        return _update_array(rule, dtype, scalars(_storage.real_dtype(dtype)), seeds, grad, param, encoded)
+
+    slots = {slot: getattr(state, slot) for slot in rule.slots}
+    steps, slots = _trees.map_leaves(leaf, "gradient", updates, params, slots)
+    return steps, state._replace(count=count, **slots)
 
 
 # One array. It is traced and lowered once for all leaves of a shape, as a function with a call for each
@@ -188,7 +181,6 @@ def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[s
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"gradient{keystr(path)} has dtype {dtype}: allowed are floating and complex dtypes")
-    _trees.check_shapes("gradient", path, grad, {"parameter": param, **encoded})
     for other in [param, *(encoded[name] for name, narrowest in rule.slots.items() if _storage.is_signed(narrowest))]:
         if other is not None:
             _check_kind(path, grad, other)

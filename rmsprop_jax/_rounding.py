@@ -220,31 +220,28 @@ def _update(
 ) -> tuple[optax.Updates, RoundParamsState]:
     step = jnp.asarray(optax.safe_increment(state.step))
     seed = _bits.seeds(step, "params")
-    flat = leaves, treedef = _trees.flatten(updates)
-    new: list[Any] = [u for _, u in leaves]
-    has_rest = state.rest is not None
-    rests: list[Any] = _trees.column(flat, state.rest, "state.rest", "update") if has_rest else [None] * len(new)
-    for i, ((path, u), p) in enumerate(zip(leaves, _trees.column(flat, params, "params", "update"), strict=True)):
-        if u is None:
-            continue
-        if has_rest and (p is None) != (rests[i] is None):
+
+    def leaf(path: Any, u: jax.Array, p: Any, slots: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+        if slots and (p is None) != (slots["rest"] is None):
             found = "a remainder, but the parameter is not" if p is None else "no remainder, but the parameter is"
             raise ValueError(
                 f"state.rest{keystr(path)} has {found} in bfloat16: make the state for these parameters with init, or "
                 "the parameters for this state with params_in_bfloat16"
             )
         if p is None:
-            continue
-        _trees.check_shapes("update", path, u, {"parameter": p, "state.rest": rests[i]})
-        new[i], rests[i] = _round_array(_bits.within_stack(seed, layer, p.shape), u, p, rests[i])
-    return treedef.unflatten(new), RoundParamsState(step, treedef.unflatten(rests) if has_rest else None)
+            return u, slots
+        return _round_array(_bits.within_stack(seed, layer, p.shape), u, p, **slots)
+
+    slots = {} if state.rest is None else {"rest": state.rest}
+    updates, slots = _trees.map_leaves(leaf, "update", updates, params, slots)
+    return updates, RoundParamsState(step, **slots)
 
 
 # One array. It is traced once for all leaves of a shape. Without a remainder there is none in the result.
 @jax.jit
 def _round_array(
-    seed: _bits.Seed, u: jax.Array, p: jax.Array, rest: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
+    seed: _bits.Seed, u: jax.Array, p: jax.Array, rest: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     u, p = jax.lax.stop_gradient((u, p))
     start = p.astype(jnp.float32)
     # XLA may keep a product in bfloat16 unrounded for what follows it in a program, on some layouts and not on others.
@@ -252,7 +249,7 @@ def _round_array(
     exact = (start if rest is None else _bits.join(p, rest)) + _rounded(u.astype(jnp.float32), u.dtype)
     noise = _bits.noise(seed, exact)
     if rest is None:
-        return _difference(_bits.to_16_bits(exact, noise), start).astype(u.dtype), None
+        return _difference(_bits.to_16_bits(exact, noise), start).astype(u.dtype), {}
     weight = _bits.to_24_bits(exact, noise)
     difference = _difference(_bits.nearest_16_bits(weight), start)
     update = _rounded(difference, u.dtype)
@@ -263,7 +260,7 @@ def _round_array(
     # tests/test_tpu.py counts the kernels.
     wide = jnp.promote_types(p.dtype, u.dtype)
     landed = (p.astype(wide) + update.astype(wide)).astype(p.dtype)
-    return update, jnp.where(exactly & (landed != 0), _bits.remainder_of(weight), jnp.int8(0))
+    return update, {"rest": jnp.where(exactly & (landed != 0), _bits.remainder_of(weight), jnp.int8(0))}
 
 
 def _difference(end: jax.Array, start: jax.Array) -> jax.Array:

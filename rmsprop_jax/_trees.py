@@ -1,6 +1,6 @@
 """Trees of gradients and parameters: leaves in one order, and errors that name a leaf by its path."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,27 +12,18 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from ._text import listed
 
 
-__all__ = [
-    "Flat",
-    "check_shapes",
-    "checked_dtype",
-    "checked_mask",
-    "column",
-    "flatten",
-    "params_with_gradients",
-    "without_float0",
-]
-
-# Leaves with their paths, and the structure.
-Flat = tuple[list[tuple[Any, Any]], Any]
+__all__ = ["checked_dtype", "checked_mask", "flatten", "map_leaves", "params_with_gradients", "without_float0"]
 
 
-def flatten(tree: Any) -> Flat:
+_Flat = tuple[list[tuple[Any, Any]], Any]  # leaves with their paths, and the structure
+
+
+def flatten(tree: Any) -> _Flat:
     """Flattens a tree in which None is a leaf: a gradient that is missing, or a parameter that does not train."""
     return tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
 
 
-def column(flat: Flat, tree: Any, name: str, kind: str = "gradient") -> list[Any]:
+def _column(flat: _Flat, tree: Any, name: str, kind: str) -> list[Any]:
     """The leaves of `tree`, which must have the structure of `flat`. `name` and `kind` are for the error."""
     (leaves, treedef), (others, other_treedef) = flat, flatten(tree)
     if treedef == other_treedef:
@@ -44,14 +35,45 @@ def column(flat: Flat, tree: Any, name: str, kind: str = "gradient") -> list[Any
     raise ValueError(f"the {kind}s must have the structure of {name}: {differences}")
 
 
-def params_with_gradients(flat: Flat, params: optax.Params | None, option: str, mask: Any = None) -> list[Any]:
-    """The column of `params`, which `option` needs, with None where there is no gradient or the mask is False."""
+def map_leaves(
+    function: Callable[[Any, Any, Any, dict[str, Any]], tuple[Any, Mapping[str, Any]]],
+    kind: str,
+    updates: Any,
+    params: Any,
+    slots: Mapping[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """New updates and new slots: `function(path, update, param, of_slots) -> (update, of_slots)` for each leaf.
+
+    Where an update is None, its slots stay as they are. `params`, if there are any, and the trees in `slots` must have
+    the structure of `updates`, and arrays of the same shapes. `kind` is for errors.
+    """
+    flat = leaves, treedef = flatten(updates)
+    of_params = [None] * len(leaves) if params is None else _column(flat, params, "params", kind)
+    columns = {name: _column(flat, tree, f"state.{name}", kind) for name, tree in slots.items()}
+    new: list[Any] = [None] * len(leaves)
+    for i, ((path, leaf), param) in enumerate(zip(leaves, of_params, strict=True)):
+        if leaf is None:
+            continue
+        of_slots = {name: column[i] for name, column in columns.items()}
+        for name, x in {"parameter": param, **of_slots}.items():
+            if x is not None and jnp.shape(x) != jnp.shape(leaf):
+                found = f"{kind}{keystr(path)} has shape {jnp.shape(leaf)}"
+                raise ValueError(f"{found}, but its {name} has {jnp.shape(x)}: they must be equal")
+        new[i], of_slots = function(path, leaf, param, of_slots)
+        for name, x in of_slots.items():
+            columns[name][i] = x
+    return treedef.unflatten(new), {name: treedef.unflatten(column) for name, column in columns.items()}
+
+
+def params_with_gradients(updates: Any, params: Any, option: str, mask: Any = None) -> Any:
+    """`params`, which `option` needs, with None where there is no gradient or the mask is False."""
     if params is None:
         raise ValueError(f"{option} needs params: call update(updates, state, params)")
-    given = column(flat, params, "params")
-    selected = given if mask is None else column(flat, _masked(params, mask), "params")
+    flat = leaves, treedef = flatten(updates)
+    given = _column(flat, params, "params", "gradient")
+    selected = given if mask is None else _column(flat, _masked(params, mask), "params", "gradient")
     kept: list[Any] = [None] * len(given)
-    for i, (path, grad) in enumerate(flat[0]):
+    for i, (path, grad) in enumerate(leaves):
         if grad is None:
             continue
         if given[i] is None:
@@ -59,7 +81,7 @@ def params_with_gradients(flat: Flat, params: optax.Params | None, option: str, 
         if selected[i] is not None:
             checked_dtype("parameter", path, selected[i])
             kept[i] = selected[i]
-    return kept
+    return treedef.unflatten(kept)
 
 
 def checked_mask(mask: Any) -> Any:
@@ -131,11 +153,3 @@ def checked_dtype(kind: str, path: Any, leaf: Any) -> Any:
             f"Convert it with jnp.asarray({'x.detach().cpu().numpy()' if library == 'torch' else 'np.asarray(x)'})"
         )
     raise TypeError(f"{kind}{keystr(path)} has {found}: allowed are JAX and NumPy arrays of numbers. {way_out}")
-
-
-def check_shapes(kind: str, path: Any, leaf: Any, others: Mapping[str, Any]) -> None:
-    """Checks that a leaf has the shape of its parameter, and of what is kept for it; None is not there."""
-    for name, other in others.items():
-        if other is not None and jnp.shape(other) != jnp.shape(leaf):
-            found = f"{kind}{keystr(path)} has shape {jnp.shape(leaf)}"
-            raise ValueError(f"{found}, but its {name} has {jnp.shape(other)}: they must be equal")
