@@ -65,14 +65,11 @@ def _before(change: _Change, number: Any, params_for: str | None = None) -> opta
 # At module level, with the number as an argument, like the rule's update: see _pytree.py.
 @functools.partial(jax.jit, static_argnames="change", inline=True)
 def _changed(change: _Change, number: Any, grads: list[Any], params: list[Any] | None) -> list[jax.Array]:
+    # A float16 norm above 256 has a square that float16 cannot hold.
+    wide, of_params = ([_storage.widened(x) for x in arrays] for arrays in (grads, params or []))
     with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
-        new = change(number, _wide(grads), _wide(params or []))
+        new = change(number, wide, of_params)
     return [_storage.saturate(x, jnp.result_type(grad)) for x, grad in zip(new, grads, strict=True)]
-
-
-def _wide(arrays: list[Any]) -> list[jax.Array]:
-    """Arrays in at least float32. A float16 norm above 256 has a square that float16 cannot hold."""
-    return [jnp.asarray(x, _storage.compute_dtype(jnp.result_type(x))) for x in arrays]
 
 
 # --- The changes, of lists of arrays ------------------------------------------------------------------------

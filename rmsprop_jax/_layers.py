@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree import flatten_with_path, leaves_with_path
+from jax.tree_util import all_leaves, keystr
 
 from . import _checks, _storage
 from ._rmsprop import RMSPropState
@@ -125,12 +126,9 @@ def value_and_update(
         given, to_outer = jax.vjp(inputs, outer, jnp.float32(0))
         result, update_layers = _run(layer, tx, outer, params, state, *given)
         value, from_value, aux = jax.vjp(value_of, outer, result, has_aux=True)
-        if isinstance(value, (tuple, list)):
-            raise TypeError(
-                f"loss returns a {type(value).__name__}: allowed is a real scalar, or a pair with has_aux=True"
-            )
-        if not (jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating)):
-            raise TypeError(f"loss returns {jnp.result_type(value)}{list(jnp.shape(value))}: allowed is a real scalar")
+        scalar = all_leaves([value]) and jnp.shape(value) == ()
+        if not (scalar and jnp.issubdtype(jnp.result_type(value), jnp.floating)):
+            raise TypeError(f"loss returns {_types(value)}: allowed is a real scalar, or a pair with has_aux=True")
         grads, cotangents = from_value(jnp.ones_like(value))
         params, state, cotangents = update_layers(cotangents)
         grads = jax.tree.map(_add, grads, to_outer(cotangents)[0])
@@ -198,7 +196,7 @@ def _one_by_one(tx: Any, params: Any, state: Any, n: int) -> tuple[Callable[...,
         sliced = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct((1,) * k + x.shape[k:], x.dtype), stacked, ordinary)
         if different := _differences(sliced, one):
             raise ValueError(f"tx makes a different state for one layer than for all: {different}. {_OWN_STATES}")
-        for (path, x), k in zip(tree_flatten_with_path(ordinary)[0], jax.tree.leaves(stacked), strict=True):
+        for (path, x), k in zip(leaves_with_path(ordinary), jax.tree.leaves(stacked), strict=True):
             if not k and (x.dtype == jnp.uint32 or jnp.issubdtype(x.dtype, jax.dtypes.prng_key)):
                 raise ValueError(
                     f"state{keystr(path)} looks like a random key, which all layers would share: "
@@ -237,9 +235,7 @@ def _state_of(stacked: Any, new: Any, old: Any, i: Any) -> Any:
 
 def _apply(params: Any, updates: Any) -> Any:
     """`optax.apply_updates`. Integers have no update, and stay."""
-    leaves, treedef = jax.tree.flatten(params)
-    pairs = zip(leaves, treedef.flatten_up_to(_floats(updates)), strict=True)
-    return treedef.unflatten(p if u is None else optax.apply_updates(p, u) for p, u in pairs)
+    return jax.tree.map(lambda p, u: p if u is None else optax.apply_updates(p, u), params, _floats(updates))
 
 
 # Cotangents of integers and keys are float0, which cannot go through a scan: there they are None.
@@ -261,7 +257,7 @@ def _add(x: Any, y: Any) -> Any:
 
 
 def _check_arrays(name: str, tree: Any) -> None:
-    for path, x in tree_flatten_with_path(tree)[0]:
+    for path, x in leaves_with_path(tree):
         if not isinstance(x, (jax.Array, np.ndarray, np.generic, numbers.Number)):
             raise TypeError(
                 f"{name}{keystr(path)} has type {type(x).__name__}: allowed are arrays. Take everything else "
@@ -280,11 +276,11 @@ def _check_level(here: jax.Array, given: Any) -> None:
 
 
 def _number_of_layers(params: Any, each: Any) -> int:
-    shapes = {f"params{keystr(path)}": jnp.shape(p) for path, p in tree_flatten_with_path(params)[0]}
+    shapes = {f"params{keystr(path)}": jnp.shape(p) for path, p in leaves_with_path(params)}
     if not shapes:
         raise ValueError("params has no arrays: pass those of the layers, stacked along the first axis of each")
     (name, shape), *_ = shapes.items()
-    shapes |= {f"each{keystr(path)}": jnp.shape(x) for path, x in tree_flatten_with_path(each)[0]}
+    shapes |= {f"each{keystr(path)}": jnp.shape(x) for path, x in leaves_with_path(each)}
     for other, found in shapes.items():
         if not found or found[0] != shape[0]:
             raise ValueError(
@@ -300,11 +296,11 @@ def _check_layer(layer: Callable[..., Any], outer: Any, params: Any, x: Any, eac
     )(params, x, each, *shared)
     if not (isinstance(result, (tuple, list)) and len(result) == 2):
         raise TypeError(f"layer returns {type(result).__name__}: allowed is the pair (x, out), where out may be None")
-    types = [jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", x) for x in (x, result[0])]
-    if types[0] != types[1]:
-        raise TypeError(f"layer turns x from {types[0]} into {types[1]}: it must keep structure, shapes and dtypes")
+    before, after = _types(x), _types(result[0])
+    if before != after:
+        raise TypeError(f"layer turns x from {before} into {after}: it must keep structure, shapes and dtypes")
     for name, tree in {"outer": outer, "params": params}.items():
-        for path, p in tree_flatten_with_path(tree)[0]:
+        for path, p in leaves_with_path(tree):
             if any(p is const for const in jaxpr.consts) and jnp.issubdtype(p.dtype, jnp.inexact):
                 raise ValueError(
                     f"layer closes over {name}{keystr(path)}, which would get no gradient from there: pass it to "
@@ -312,11 +308,13 @@ def _check_layer(layer: Callable[..., Any], outer: Any, params: Any, x: Any, eac
                 )
 
 
+def _types(tree: Any) -> Any:
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree)
+
+
 def _differences(tree: Any, expected: Any) -> str:
     """Where two trees differ in structure or shapes, for an error."""
-    shapes, allowed = (
-        {keystr(path): jnp.shape(x) for path, x in tree_flatten_with_path(t)[0]} for t in (tree, expected)
-    )
+    shapes, allowed = ({keystr(path): jnp.shape(x) for path, x in leaves_with_path(t)} for t in (tree, expected))
     wrong = [path for path in {**allowed, **shapes} if shapes.get(path) != allowed.get(path)]
     return "; ".join(
         f"state{path} has shape {shapes[path]}" if path in shapes else f"state{path} is missing" for path in wrong
@@ -325,7 +323,7 @@ def _differences(tree: Any, expected: Any) -> str:
 
 def _check_update(update: Callable[..., Any], stacked: Any, params: Any, state: Any) -> None:
     """Raises an error if layers cannot be updated one by one, or would get other random bits than in a stack."""
-    leaves, treedef = tree_flatten_with_path(params)
+    leaves, treedef = flatten_with_path(params)
 
     def updated(grads: dict[int, Any], state: Any, i: Any) -> Any:
         """Updates and state of a layer, with zeros for all other gradients."""

@@ -202,13 +202,13 @@ def _of_state(state: Accumulators, eps: Any, eps_in_sqrt: bool) -> dict[str, jax
 
 @jax.jit
 def _of_update(x: Any) -> dict[str, jax.Array]:
-    x = jnp.asarray(x, _storage.compute_dtype(jnp.result_type(x)))
+    x = _storage.widened(x)
     return {"update_rms": _rms(x), "update_max": _largest(x)}
 
 
 @jax.jit
 def _of_param(x: Any) -> dict[str, jax.Array]:
-    return {"param_rms": _rms(jnp.asarray(x, _storage.compute_dtype(jnp.result_type(x))))}
+    return {"param_rms": _rms(_storage.widened(x))}
 
 
 def _rms(x: jax.Array, shares: jax.Array | None = None) -> jax.Array:
@@ -294,7 +294,7 @@ Shapes = Mapping[Name, tuple[int, ...]]
 
 def _updates_for(updates: Any, shapes: Shapes, masked: Collection[Name]) -> dict[Name, Any]:
     """The updates of parameters that have a state."""
-    leaves = _leaves(updates)
+    leaves = _states.arrays_of(updates)
     found = _fitting("update", leaves, "state", shapes)
     left = leaves.keys() - found.keys()
     if strange := [name for name in left if not _start(name, masked) and _trains("update", name, leaves[name])]:
@@ -304,15 +304,10 @@ def _updates_for(updates: Any, shapes: Shapes, masked: Collection[Name]) -> dict
 
 def _params_for(params: Any, other: str, shapes: Shapes) -> dict[Name, Any]:
     """The parameters that have an update or, if no updates are given, a state."""
-    leaves = _leaves(params)
+    leaves = _states.arrays_of(params)
     if lacking := shapes.keys() - {partner for _, partner in _pairs(leaves, shapes)}:
         raise ValueError(f"params has nothing for {shown_names(lacking)}: pass all parameters that are updated")
     return _fitting("parameter", leaves, other, shapes)
-
-
-def _leaves(tree: Any) -> dict[Name, Any]:
-    """The leaves of a tree by name. float0, which stands for the gradient of an integer, is none."""
-    return {name: x for name, x in _states.arrays_of(tree).items() if getattr(x, "dtype", None) != jax.dtypes.float0}
 
 
 def _pairs(leaves: Collection[Name], shapes: Collection[Name]) -> list[tuple[Name, Name]]:
@@ -345,6 +340,8 @@ def _fitting(kind: str, leaves: Mapping[Name, Any], other: str, shapes: Shapes) 
 
 
 def _trains(kind: str, name: Name, x: Any) -> bool:
+    if getattr(x, "dtype", None) == jax.dtypes.float0:  # the gradient of an integer
+        return False
     return jnp.issubdtype(_trees.checked_dtype(f"{kind}{_states.shown(name)}", (), x), jnp.inexact)
 
 

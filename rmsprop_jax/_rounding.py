@@ -155,7 +155,7 @@ def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
         if _is_bfloat16(p) and (name := _unboxed(name, remainders)) in remainders:
             return _bits.join(p, remainders[name])
         inexact = hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.inexact)
-        return jnp.asarray(p, _storage.compute_dtype(p.dtype)) if inexact else p
+        return _storage.widened(p) if inexact else p
 
     return _states.map_arrays(joined, params)
 

@@ -22,6 +22,7 @@ __all__ = [
     "recode",
     "requested_dtype",
     "saturate",
+    "widened",
 ]
 
 
@@ -132,6 +133,11 @@ def compute_dtype(dtype: DTypeLike) -> np.dtype:
     """
     wide = np.float32 if is_rounded(dtype) or jnp.finfo(dtype).bits < 32 else dtype
     return np.dtype(jax.dtypes.canonicalize_dtype(wide))
+
+
+def widened(x: ArrayLike) -> jax.Array:
+    """`x` in the dtype for arithmetic on it."""
+    return jnp.asarray(x, compute_dtype(jnp.result_type(x)))
 
 
 def real_dtype(dtype: DTypeLike) -> np.dtype:
