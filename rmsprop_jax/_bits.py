@@ -24,10 +24,8 @@ import numpy as np
 
 
 __all__ = [
-    "LARGEST_UINT8",
+    "CODES",
     "Seed",
-    "from_int8",
-    "from_uint8",
     "join",
     "nearest_16_bits",
     "nearest_24_bits",
@@ -37,8 +35,6 @@ __all__ = [
     "to_16_bits",
     "to_24_bits",
     "to_bfloat16",
-    "to_int8",
-    "to_uint8",
     "within_stack",
 ]
 
@@ -123,24 +119,25 @@ class _Code(NamedTuple):
         return _float32((code.astype(jnp.uint32) << self.dropped) + self.smallest.view(np.uint32))
 
 
-_UNSIGNED = _Code(22, np.float32(2.0**-90), np.float32(1.5 * 2.0**37))
-_SIGNED = _Code(21, np.float32(2.0**-22), np.float32(1.75 * 2.0**9))  # of |x| + 2⁻²²
 _NAN = np.int8(-128)
 
-to_uint8, from_uint8 = _UNSIGNED.encode, _UNSIGNED.decode  # of numbers that are not negative
-LARGEST_UINT8 = float(_UNSIGNED.largest)
+
+class _SignedCode(_Code):
+    """A sign, and the code of |x| + smallest."""
+
+    def encode(self, x: jax.Array, noise: Any) -> jax.Array:
+        size = super().encode(jnp.abs(x) + float(self.smallest), noise).astype(jnp.int8)
+        return jnp.where(jnp.isnan(x), _NAN, jnp.where(x < 0, -size, size))
+
+    def decode(self, code: jax.Array) -> jax.Array:
+        size = super().decode(jnp.abs(code.astype(jnp.int32))) - self.smallest
+        return jnp.where(code == _NAN, jnp.nan, jnp.where(code < 0, -size, size))
 
 
-def to_int8(x: jax.Array, noise: Any) -> jax.Array:
-    """The code of a number of either sign."""
-    size = _SIGNED.encode(jnp.abs(x) + float(_SIGNED.smallest), noise).astype(jnp.int8)
-    return jnp.where(jnp.isnan(x), _NAN, jnp.where(x < 0, -size, size))
-
-
-def from_int8(code: jax.Array) -> jax.Array:
-    """The float32 that a code stands for."""
-    size = _SIGNED.decode(jnp.abs(code.astype(jnp.int32))) - _SIGNED.smallest
-    return jnp.where(code == _NAN, jnp.nan, jnp.where(code < 0, -size, size))
+CODES = {
+    np.dtype(np.uint8): _Code(22, np.float32(2.0**-90), np.float32(1.5 * 2.0**37)),
+    np.dtype(np.int8): _SignedCode(21, np.float32(2.0**-22), np.float32(1.75 * 2.0**9)),
+}
 
 
 # --- Two bytes --------------------------------------------------------------------------------------------

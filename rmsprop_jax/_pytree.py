@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import export
 from jax.tree_util import keystr, tree_flatten_with_path
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from . import _bits, _placement, _storage, _trees
 
@@ -26,7 +26,7 @@ class Rule(Protocol):
     """The update of one array. Hashed by value: equal rules share one compiled update."""
 
     @property
-    def slots(self) -> Mapping[str, DTypeLike]:
+    def slots(self) -> Mapping[str, np.dtype]:
         """The slots in use, with their dtypes in a state of one byte. A slot of unsigned numbers is real."""
         ...
 
@@ -65,11 +65,9 @@ def transformation(
     def init(params: optax.Params) -> Any:
         def build(slot: str) -> optax.Params:
             def leaf(path: Any, param: Any) -> jax.Array | None:
-                dtype = _trees.checked_dtype("parameter", path, param)
-                if not jnp.issubdtype(dtype, jnp.inexact):
+                if not jnp.issubdtype(_trees.checked_dtype("parameter", path, param), jnp.inexact):
                     return None
-                kept = _storage.kept_dtype(dtype, state_dtype, rule.slots[slot])
-                return _storage.full_like(param, initial.get(slot, 0.0), kept)
+                return _storage.new(param, initial.get(slot, 0.0), state_dtype, rule.slots[slot])
 
             return jax.tree.map_with_path(leaf, params)
 
@@ -181,7 +179,8 @@ def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[s
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"gradient{keystr(path)} has dtype {dtype}: allowed are floating and complex dtypes")
-    for other in [param, *(encoded[name] for name, narrowest in rule.slots.items() if _storage.is_signed(narrowest))]:
+    signed = [x for name, x in encoded.items() if not jnp.issubdtype(rule.slots[name], jnp.unsignedinteger)]
+    for other in [param, *signed]:
         if other is not None:
             _check_kind(path, grad, other)
 

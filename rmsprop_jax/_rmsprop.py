@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _checks, _equality, _pytree, _storage, _trees
+from . import _checks, _equality, _pytree, _storage
 
 
 __all__ = ["RMSPropState", "rmsprop", "scale_by_rms"]
@@ -185,7 +185,7 @@ def rmsprop(
     ):
         if option is not None and value is None:
             raise ValueError(f"{option} needs {name}, got {name}=None")
-    state_dtype, mask = _storage.requested_dtype(state_dtype), _trees.checked_mask(weight_decay_mask)
+    state_dtype, mask = _checks.state_dtype(state_dtype), _checks.mask(weight_decay_mask)
     arguments = (rule, learning_rate, decay, eps, initial_scale, momentum, weight_decay, mask, state_dtype)
 
     decay, eps = _checks.number("decay", decay, upper=1.0), _checks.number("eps", eps)
@@ -302,14 +302,13 @@ class _Rule:
             object.__setattr__(self, name, _checks.flag(name, value))
 
     @property
-    def slots(self) -> dict[str, DTypeLike]:
-        slots: dict[str, DTypeLike] = {"nu": jnp.uint8}
+    def slots(self) -> dict[str, np.dtype]:
+        slots = {"nu": np.dtype(jnp.uint8)}
         if self.centered:
-            slots["mu"] = (
-                jnp.bfloat16
-            )  # a mean in one byte could not tell gradients apart that differ by less than half
+            # A mean in one byte could not tell gradients apart that differ by less than half of it.
+            slots["mu"] = np.dtype(jnp.bfloat16)
         if self.momentum:
-            slots["trace"] = jnp.int8
+            slots["trace"] = np.dtype(jnp.int8)
         return slots
 
     def scalars(self, count: jax.Array, hyperparameters: _Scalars) -> _Scalars:

@@ -10,24 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _bits, _placement
 
 
-__all__ = [
-    "Accumulator",
-    "compute_dtype",
-    "decode",
-    "full_like",
-    "is_rounded",
-    "is_signed",
-    "kept_dtype",
-    "real_dtype",
-    "recode",
-    "requested_dtype",
-    "saturate",
-    "widened",
-]
-
-
-# The dtypes a user can ask for. By default an accumulator is kept in the dtype in which it is computed.
-_STATE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(jnp.uint8))
+__all__ = ["Accumulator", "compute_dtype", "decode", "is_rounded", "new", "real_dtype", "recode", "saturate", "widened"]
 
 
 class Accumulator(NamedTuple):
@@ -49,26 +32,21 @@ class Accumulator(NamedTuple):
         A uint8 code saturates. In a float an average of |g - μ|² over two components can reach 8 times
         the square of one, and rounded weights can add up to slightly more than one.
         """
-        dtype = self.encoded.dtype
-        return _bits.LARGEST_UINT8 if dtype == jnp.uint8 else float(jnp.finfo(dtype).max / 16)
+        code = _bits.CODES.get(self.encoded.dtype)
+        return float(code.largest if code else jnp.finfo(self.encoded.dtype).max / 16)
 
 
 def _encode(x: jax.Array, dtype: DTypeLike, noise: Any) -> jax.Array:
     """Rounds `x` to `dtype`: stochastically if `dtype` is narrow, where `noise` is random bits."""
-    if dtype == jnp.uint8:
-        return _bits.to_uint8(x, noise)
-    if dtype == jnp.int8:
-        return _bits.to_int8(x, noise)
+    if code := _bits.CODES.get(np.dtype(dtype)):
+        return code.encode(x, noise)
     return _bits.to_bfloat16(x, noise) if dtype == jnp.bfloat16 else x.astype(dtype)
 
 
 def decode(encoded: jax.Array) -> jax.Array:
     """The value of an array in the state, in at least float32."""
-    if encoded.dtype == jnp.uint8:
-        return _bits.from_uint8(encoded)
-    if encoded.dtype == jnp.int8:
-        return _bits.from_int8(encoded)
-    return encoded.astype(compute_dtype(encoded.dtype))
+    code = _bits.CODES.get(encoded.dtype)
+    return code.decode(encoded) if code else encoded.astype(compute_dtype(encoded.dtype))
 
 
 def recode(encoded: jax.Array, dtype: DTypeLike, count: jax.Array, purpose: str) -> jax.Array:
@@ -79,9 +57,18 @@ def recode(encoded: jax.Array, dtype: DTypeLike, count: jax.Array, purpose: str)
     return _encode(value, dtype, _bits.noise(_bits.seeds(count, purpose), value) if is_rounded(dtype) else None)
 
 
-def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
-    """A new array of `param`'s shape and sharding that keeps `value`, rounded to nearest, in `dtype`."""
-    if dtype in (jnp.uint8, jnp.int8):
+def new(param: Any, value: ArrayLike, state_dtype: np.dtype | None, narrowest: np.dtype) -> jax.Array:
+    """A new array of `param`'s shape and sharding that keeps `value`, rounded to nearest.
+
+    Its dtype is that of the arithmetic, `state_dtype`, or `narrowest` where one byte is asked for. If `narrowest` is
+    unsigned, it is real. There is no complex dtype of half precision, so complex accumulators stay as they are.
+    """
+    dtype = compute_dtype(jnp.result_type(param))
+    if jnp.issubdtype(narrowest, jnp.unsignedinteger):
+        dtype = real_dtype(dtype)
+    if state_dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating):
+        dtype = narrowest if state_dtype == jnp.uint8 else state_dtype
+    if dtype in _bits.CODES:
         # abs, because -0 has a sign bit.
         value = _encode(jnp.abs(jnp.asarray(value, jnp.float32)), dtype, np.uint32(1 << 31))
     return _placement.full_like(param, value, dtype)
@@ -89,41 +76,7 @@ def full_like(param: Any, value: ArrayLike, dtype: DTypeLike) -> jax.Array:
 
 def is_rounded(dtype: DTypeLike) -> bool:
     """Whether an accumulator kept in `dtype` is rounded stochastically."""
-    return dtype in (*_STATE_DTYPES, jnp.int8)
-
-
-def requested_dtype(value: DTypeLike | None) -> np.dtype | None:
-    """Checks the argument `state_dtype`."""
-    if value is None:
-        return None
-    allowed = "allowed are None, jnp.bfloat16 and jnp.uint8"
-    if isinstance(value, (jax.Array, np.ndarray)):
-        # optax.inject_hyperparams calls every callable with the count, and jnp.uint8 is one.
-        raise ValueError(f"state_dtype is an array: {allowed}; with optax.inject_hyperparams, write them as strings")
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype not in _STATE_DTYPES:
-        raise ValueError(f"state_dtype={value!r}: {allowed}")
-    return dtype
-
-
-def is_signed(narrowest: DTypeLike) -> bool:
-    """Whether a slot with this dtype in a state of one byte can be negative, and complex for a complex parameter."""
-    return not jnp.issubdtype(narrowest, jnp.unsignedinteger)
-
-
-def kept_dtype(param: DTypeLike, state_dtype: np.dtype | None, narrowest: DTypeLike) -> np.dtype:
-    """The dtype that keeps a slot of a parameter; `narrowest` where one byte is asked for.
-
-    There is no complex dtype of half precision, so complex accumulators stay as they are.
-    """
-    dtype = compute_dtype(param)
-    dtype = dtype if is_signed(narrowest) else real_dtype(dtype)
-    if state_dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
-        return dtype
-    return np.dtype(narrowest) if state_dtype == jnp.uint8 else state_dtype
+    return dtype == jnp.bfloat16 or np.dtype(dtype) in _bits.CODES
 
 
 def compute_dtype(dtype: DTypeLike) -> np.dtype:

@@ -20,7 +20,8 @@ EVERY_NOISE = np.arange(2**16, dtype=np.uint32) << 16
 # NaN of x86, of NVIDIA, of anybody.
 NAN_WORDS = np.array([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], np.uint32)
 
-to_uint8, to_int8, to_bfloat16 = (jax.jit(f) for f in (_bits.to_uint8, _bits.to_int8, _bits.to_bfloat16))
+to_uint8, to_int8 = (jax.jit(_bits.CODES[np.dtype(dtype)].encode) for dtype in (np.uint8, np.int8))
+to_bfloat16 = jax.jit(_bits.to_bfloat16)
 to_24_bits = jax.jit(_bits.to_24_bits)
 
 
@@ -31,8 +32,8 @@ def stored(encode, x, noise):
 
 def value(code):
     """What a code stands for."""
-    decode = {jnp.uint8: _bits.from_uint8, jnp.int8: _bits.from_int8}.get(code.dtype.type, jnp.asarray)
-    return np.asarray(decode(code), np.float64)
+    decoded = _bits.CODES[code.dtype].decode(code) if code.dtype in _bits.CODES else code
+    return np.asarray(decoded, np.float64)
 
 
 # --- Codes --------------------------------------------------------------------------------------------
