@@ -22,7 +22,6 @@ __all__ = [
     "flag",
     "is_traced",
     "limit",
-    "mask",
     "number",
     "off",
     "positive",
@@ -138,17 +137,6 @@ def state_dtype(value: DTypeLike | None) -> np.dtype | None:
     if dtype not in (jnp.bfloat16, jnp.uint8):
         raise ValueError(f"state_dtype={value!r}: {allowed}")
     return dtype
-
-
-def mask(value: Any) -> Any:
-    """Checks the argument `weight_decay_mask`, as far as it tells without parameters."""
-    if isinstance(value, (bool, np.bool_, jax.Array, np.ndarray)):
-        # optax.inject_hyperparams calls whatever can be called, with the count.
-        raise TypeError(
-            f"weight_decay_mask is a single {type(value).__name__}: allowed are a tree of booleans and a function of "
-            "the parameters; with optax.inject_hyperparams, name it in static_args"
-        )
-    return value
 
 
 def refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _checks, _equality, _pytree, _storage
+from . import _checks, _equality, _pytree, _storage, _trees
 
 
 __all__ = ["RMSPropState", "rmsprop", "scale_by_rms"]
@@ -185,7 +185,7 @@ def rmsprop(
     ):
         if option is not None and value is None:
             raise ValueError(f"{option} needs {name}, got {name}=None")
-    state_dtype, mask = _checks.state_dtype(state_dtype), _checks.mask(weight_decay_mask)
+    state_dtype, mask = _checks.state_dtype(state_dtype), _trees.checked_mask(weight_decay_mask)
     arguments = (rule, learning_rate, decay, eps, initial_scale, momentum, weight_decay, mask, state_dtype)
 
     decay, eps = _checks.number("decay", decay, upper=1.0), _checks.number("eps", eps)

@@ -12,7 +12,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from ._text import listed
 
 
-__all__ = ["checked_dtype", "flatten", "map_leaves", "params_with_gradients", "without_float0"]
+__all__ = ["checked_dtype", "checked_mask", "flatten", "map_leaves", "params_with_gradients", "without_float0"]
 
 
 _Flat = tuple[list[tuple[Any, Any]], Any]  # leaves with their paths, and the structure
@@ -82,6 +82,17 @@ def params_with_gradients(updates: Any, params: Any, option: str, mask: Any = No
             checked_dtype("parameter", path, selected[i])
             kept[i] = selected[i]
     return treedef.unflatten(kept)
+
+
+def checked_mask(mask: Any) -> Any:
+    """Checks the argument `weight_decay_mask`, as far as it tells without parameters."""
+    if isinstance(mask, (bool, np.bool_, jax.Array, np.ndarray)):
+        # optax.inject_hyperparams calls whatever can be called, with the count.
+        raise TypeError(
+            f"weight_decay_mask is a single {type(mask).__name__}: allowed are a tree of booleans and a function of "
+            "the parameters; with optax.inject_hyperparams, name it in static_args"
+        )
+    return mask
 
 
 def _masked(params: optax.Params, mask: Any) -> optax.Params:
