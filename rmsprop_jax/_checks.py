@@ -1,4 +1,4 @@
-"""Checks of arguments.
+"""Checks of arguments: flags, numbers, schedules and counts.
 
 The value of a `jax.Array` is not looked at, because it may be traced. Only a count must be known.
 """
@@ -13,22 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import DTypeLike
 
 
-__all__ = [
-    "COUNTS",
-    "count",
-    "flag",
-    "is_traced",
-    "limit",
-    "number",
-    "off",
-    "positive",
-    "refuse",
-    "schedule",
-    "state_dtype",
-]
+__all__ = ["COUNTS", "count", "flag", "is_traced", "limit", "number", "off", "positive", "refuse", "schedule"]
 
 COUNTS = "a whole number from {} to 2147483647"  # from which limit, for errors
 
@@ -120,23 +107,6 @@ def count(name: str, value: Any, lower: int = 0) -> int:
     if not whole or isinstance(number, bool) or not lower <= number <= np.iinfo(np.int32).max:
         raise ValueError(f"{name}={reprlib.repr(value)}: allowed is {COUNTS.format(lower)}")
     return int(number)
-
-
-def state_dtype(value: DTypeLike | None) -> np.dtype | None:
-    """Checks the argument `state_dtype`."""
-    if value is None:
-        return None
-    allowed = "allowed are None, jnp.bfloat16 and jnp.uint8"
-    if isinstance(value, (jax.Array, np.ndarray)):
-        # optax.inject_hyperparams calls every callable with the count, and jnp.uint8 is one.
-        raise ValueError(f"state_dtype is an array: {allowed}; with optax.inject_hyperparams, write them as strings")
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype not in (jnp.bfloat16, jnp.uint8):
-        raise ValueError(f"state_dtype={value!r}: {allowed}")
-    return dtype
 
 
 def refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:

@@ -185,7 +185,7 @@ def rmsprop(
     ):
         if option is not None and value is None:
             raise ValueError(f"{option} needs {name}, got {name}=None")
-    state_dtype, mask = _checks.state_dtype(state_dtype), _trees.checked_mask(weight_decay_mask)
+    state_dtype, mask = _requested_dtype(state_dtype), _trees.checked_mask(weight_decay_mask)
     arguments = (rule, learning_rate, decay, eps, initial_scale, momentum, weight_decay, mask, state_dtype)
 
     decay, eps = _checks.number("decay", decay, upper=1.0), _checks.number("eps", eps)
@@ -260,6 +260,23 @@ def scale_by_rms(
     # At a rate of -1, the update -αu is u itself.
     options = {"bias_correction": bias_correction, "state_dtype": state_dtype}
     return rmsprop(-1.0, decay, eps, initial_scale, eps_in_sqrt, centered, **options)
+
+
+def _requested_dtype(value: DTypeLike | None) -> np.dtype | None:
+    """Checks the argument `state_dtype`."""
+    if value is None:
+        return None
+    allowed = "allowed are None, jnp.bfloat16 and jnp.uint8"
+    if isinstance(value, (jax.Array, np.ndarray)):
+        # optax.inject_hyperparams calls every callable with the count, and jnp.uint8 is one.
+        raise ValueError(f"state_dtype is an array: {allowed}; with optax.inject_hyperparams, write them as strings")
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype not in (jnp.bfloat16, jnp.uint8):
+        raise ValueError(f"state_dtype={value!r}: {allowed}")
+    return dtype
 
 
 # --- The rule ---------------------------------------------------------------------------------------------

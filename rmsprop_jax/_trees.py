@@ -69,19 +69,19 @@ def params_with_gradients(updates: Any, params: Any, option: str, mask: Any = No
     """`params`, which `option` needs, with None where there is no gradient or the mask is False."""
     if params is None:
         raise ValueError(f"{option} needs params: call update(updates, state, params)")
-    flat = leaves, treedef = flatten(updates)
-    given = _column(flat, params, "params", "gradient")
-    selected = given if mask is None else _column(flat, _masked(params, mask), "params", "gradient")
-    kept: list[Any] = [None] * len(given)
-    for i, (path, grad) in enumerate(leaves):
+    _column(flatten(updates), params, "params", "gradient")  # raises where the structures differ
+
+    def leaf(path: Any, grad: Any, given: Any, selected: Any) -> Any:
         if grad is None:
-            continue
-        if given[i] is None:
+            return None
+        if given is None:
             raise ValueError(f"params{keystr(path)} is None, and there is a gradient for it: pass None as the gradient")
-        if selected[i] is not None:
-            checked_dtype("parameter", path, selected[i])
-            kept[i] = selected[i]
-    return treedef.unflatten(kept)
+        if selected is not None:
+            checked_dtype("parameter", path, selected)
+        return selected
+
+    selected = params if mask is None else _masked(params, mask)
+    return jax.tree.map_with_path(leaf, updates, params, selected, is_leaf=lambda x: x is None)
 
 
 def checked_mask(mask: Any) -> Any:
