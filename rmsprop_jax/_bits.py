@@ -216,7 +216,6 @@ def _as_float32(x: jax.Array) -> jax.Array:
 
 
 def _upper_half(word: jax.Array) -> jax.Array:
-    """The float32 of the upper half of its bits."""
     return _float32(word & np.uint32(0xFFFF0000))
 
 

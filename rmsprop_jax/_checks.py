@@ -60,7 +60,6 @@ def _plain(value: Any) -> Any:
 
 
 def _equals(value: Any, number: Any) -> bool:
-    """Whether a value that is not traced is this number."""
     value = _plain(value)
     return not isinstance(value, np.ndarray) and bool(value == _plain(number))
 
@@ -71,14 +70,12 @@ def off(value: Any) -> Any:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Checks a boolean."""
     if not isinstance(_plain(value), bool):
         raise TypeError(f"{name}={value!r} has type {type(value).__name__}: allowed are True and False")
     return _plain(value)
 
 
 def positive(name: str, value: Any) -> Any:
-    """Checks a number above 0."""
     value = number(name, value, lower=-math.inf)
     if not is_traced(value) and value <= 0:
         raise ValueError(f"{name}={value!r}: allowed is a number above 0")

@@ -19,7 +19,6 @@ __all__ = ["clip_adaptively", "clips", "scale"]
 
 
 def scale(factor: Any) -> optax.GradientTransformation:
-    """Multiplies gradients by a number."""
     return _before(_scale, factor)
 
 

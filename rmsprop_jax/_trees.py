@@ -131,9 +131,6 @@ def without_float0(updates: optax.Updates) -> optax.Updates:
     return jax.tree.map_with_path(leaf, updates)
 
 
-# --- Leaves -------------------------------------------------------------------------------------------------
-
-
 _NUMBERS = (bool, int, float, complex)
 _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
