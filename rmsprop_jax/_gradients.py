@@ -47,25 +47,22 @@ def _before(change: _Change, number: Any, params_for: str | None = None) -> opta
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         updates = _trees.without_float0(updates)
-        leaves, treedef = _trees.flatten(updates)
-        grads = [grad for _, grad in leaves]
-        live = [i for i, x in enumerate(grads) if x is not None and jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-        theirs = None
-        if params_for is not None and live:
-            column, _ = _trees.flatten(_trees.params_with_gradients(updates, params, params_for))
-            theirs = [column[i][1] for i in live]
-        for i, new in zip(live, _changed(change, number, [grads[i] for i in live], theirs), strict=True):
-            grads[i] = new
-        return treedef.unflatten(grads)
+        live = jax.tree.map(lambda g: g if jnp.issubdtype(jnp.result_type(g), jnp.inexact) else None, updates)
+        grads, treedef = jax.tree.flatten(live)
+        theirs = []
+        if params_for is not None and grads:
+            theirs = jax.tree.leaves(_trees.params_with_gradients(live, params, params_for))
+        changed = treedef.unflatten(_changed(change, number, grads, theirs))
+        return jax.tree.map(lambda grad, new: grad if new is None else new, updates, changed)
 
     return optax.stateless(update)
 
 
 # At module level, with the number as an argument, like the rule's update: see _pytree.py.
 @functools.partial(jax.jit, static_argnames="change", inline=True)
-def _changed(change: _Change, number: Any, grads: list[Any], params: list[Any] | None) -> list[jax.Array]:
+def _changed(change: _Change, number: Any, grads: list[Any], params: list[Any]) -> list[jax.Array]:
     # A float16 norm above 256 has a square that float16 cannot hold.
-    wide, of_params = ([_storage.widened(x) for x in arrays] for arrays in (grads, params or []))
+    wide, of_params = ([_storage.widened(x) for x in arrays] for arrays in (grads, params))
     with jax.numpy_dtype_promotion("standard"):  # strict promotion forbids real times complex
         new = change(number, wide, of_params)
     return [_storage.saturate(x, jnp.result_type(grad)) for x, grad in zip(new, grads, strict=True)]

@@ -12,20 +12,20 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from ._text import listed
 
 
-__all__ = ["checked_dtype", "checked_mask", "flatten", "map_leaves", "params_with_gradients", "without_float0"]
+__all__ = ["checked_dtype", "checked_mask", "map_leaves", "params_with_gradients", "without_float0"]
 
 
 _Flat = tuple[list[tuple[Any, Any]], Any]  # leaves with their paths, and the structure
 
 
-def flatten(tree: Any) -> _Flat:
+def _flatten(tree: Any) -> _Flat:
     """Flattens a tree in which None is a leaf: a gradient that is missing, or a parameter that does not train."""
     return tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
 
 
 def _column(flat: _Flat, tree: Any, name: str, kind: str) -> list[Any]:
     """The leaves of `tree`, which must have the structure of `flat`. `name` and `kind` are for the error."""
-    (leaves, treedef), (others, other_treedef) = flat, flatten(tree)
+    (leaves, treedef), (others, other_treedef) = flat, _flatten(tree)
     if treedef == other_treedef:
         return [leaf for _, leaf in others]
     ours, theirs = ({keystr(path) for path, _ in side} for side in (leaves, others))
@@ -47,7 +47,7 @@ def map_leaves(
     Where an update is None, its slots stay as they are. `params`, if there are any, and the trees in `slots` must have
     the structure of `updates`, and arrays of the same shapes. `kind` is for errors.
     """
-    flat = leaves, treedef = flatten(updates)
+    flat = leaves, treedef = _flatten(updates)
     of_params = [None] * len(leaves) if params is None else _column(flat, params, "params", kind)
     columns = {name: _column(flat, tree, f"state.{name}", kind) for name, tree in slots.items()}
     new: list[Any] = [None] * len(leaves)
@@ -69,7 +69,7 @@ def params_with_gradients(updates: Any, params: Any, option: str, mask: Any = No
     """`params`, which `option` needs, with None where there is no gradient or the mask is False."""
     if params is None:
         raise ValueError(f"{option} needs params: call update(updates, state, params)")
-    _column(flatten(updates), params, "params", "gradient")  # raises where the structures differ
+    _column(_flatten(updates), params, "params", "gradient")  # raises where the structures differ
 
     def leaf(path: Any, grad: Any, given: Any, selected: Any) -> Any:
         if grad is None:
