@@ -5,10 +5,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from interop_helpers import READERS, WITH_MOMENTUM
 
-from rmsprop_jax import interop
+from rmsprop_jax import carry_over, interop, rmsprop
 
 
 every_reader = pytest.mark.parametrize("name", READERS)
@@ -91,7 +92,9 @@ READ = {
     "torch bfloat16": Fake([1.0, 2.0]),
     "tensor of integers": Whole([1, 2]),
     "torch DTensor": Spread(),
-    "torch sparse": Fake(None, to_dense=lambda: Fake([1.0, 2.0])),
+    "torch sparse": Fake(None, layout="torch.sparse_coo", to_dense=lambda: Fake([1.0, 2.0])),
+    "paddle": Fake([1.0, 2.0], layout="NCHW", to_dense=Whole.__array__),  # its dense tensors refuse this call
+    "bfloat16 of an HDF5 file": np.array([1.0, 2.0], jnp.bfloat16).view("V2"),
     "torch quantized": Fake(None, is_quantized=True, dequantize=lambda: Fake([1.0, 2.0])),
 }
 
@@ -118,6 +121,8 @@ REFUSED = {
     "objects": np.array([1.0, None], object),
     "booleans": np.array([True, False]),
     "a date": np.array(["2020-01-01"], "datetime64[D]"),
+    "durations": np.ones(2, "timedelta64[s]"),
+    "other bytes": np.ones(2, np.float32).view("V4"),
     "torch meta": Meta(None),
     "tensor of booleans": Whole([True, False]),
     "complex": np.ones(2, np.complex64),
@@ -146,7 +151,20 @@ def test_a_traced_array_or_count_says_so(name):
 
 
 COUNTS = [7, 7.0, np.float32(7), np.int64(7), jnp.int32(7), np.array([7]), np.uint64(7)]
-NO_COUNTS = [-1, 1.5, float("nan"), float("inf"), 2**40, 10**400, np.array([1, 2]), np.array([]), True, "7", b"7"]
+NO_COUNTS = [
+    -1,
+    np.timedelta64(7, "s"),
+    1.5,
+    float("nan"),
+    float("inf"),
+    2**40,
+    10**400,
+    np.array([1, 2]),
+    np.array([]),
+    True,
+    "7",
+    b"7",
+]
 
 
 @pytest.mark.parametrize("count", COUNTS, ids=repr)
@@ -163,6 +181,7 @@ def test_what_is_no_count_is_refused_by_name(name, count):
     read, make = READERS[name]
     with pytest.raises(ValueError, match=r"(step|iter|last_epoch).*(whole number from 0 to 2147483647|NumPy cannot)"):
         read(make(np.ones(2), np.ones(2), count))
+    assert read(make(np.ones(2), np.ones(2), count), count=7).count == 7
     if count is not None:
         with pytest.raises(ValueError, match=r"count.*(allowed is a whole number from 0 to 2147483647|NumPy cannot)"):
             read(make(np.ones(2), np.ones(2), 5), count=count)
@@ -203,6 +222,33 @@ def test_a_file_s_name_is_no_checkpoint(name, found):
 def test_a_list_of_something_else_than_pairs(item):
     with pytest.raises(ValueError, match="allowed are pairs of path and array, such as"):
         interop.from_keras([("rmsprop/iteration", 7), item])
+
+
+@every_reader
+def test_what_float32_cannot_hold_is_refused(name):
+    read, make = READERS[name]
+    with pytest.raises(ValueError, match=r"w.* has elements above 3.4e38, which float32 cannot hold"):
+        read(make(np.array([1.0, 1e40]), np.ones(2), 5))
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name != "keras"])
+def test_keys_that_are_no_strings(name):
+    with pytest.raises(ValueError, match="checkpoint has the key 0: allowed is a mapping of .*, with strings as keys"):
+        READERS[name].read({0: np.ones(2)})
+
+
+@every_reader
+def test_what_convert_adds_is_refused_by_name(name):
+    """As of a head that is new: the weights' own values would be averages."""
+    read, make = READERS[name]
+    found, params = make(np.array([1.0, 2.0]), np.ones(2), 5), {"w": jnp.ones(2), "head": {"k": jnp.full(3, -0.5)}}
+    with pytest.raises(ValueError, match=r"elements of \['head'\]\['k'\] .* none of its arrays: put optax.MaskedNode"):
+        read(found, lambda arrays: {**params, **arrays})
+    state = read(found, lambda arrays: {**arrays, "head": optax.MaskedNode()})
+    tx = rmsprop(0.1, momentum=0.0 if state.trace is None else 0.9)
+    whole = carry_over(state, tx.init(params))
+    np.testing.assert_array_equal(whole.nu["w"], [1, 2])
+    np.testing.assert_array_equal(whole.nu["head"]["k"], np.zeros(3))
 
 
 @pytest.mark.parametrize(

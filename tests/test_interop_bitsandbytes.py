@@ -69,8 +69,11 @@ LENGTHS = [(5000, 2048), (5000, 256), (2048, 256), (4096, 2048), (300, 2048), (1
 
 @pytest.mark.parametrize(("n", "length"), LENGTHS)
 @pytest.mark.parametrize("hidden", [False, True])
-def test_blocks_of_every_length(n, length, hidden):
+@pytest.mark.parametrize("codes", [np.asarray, np.int64, np.ndarray.tolist], ids=["uint8", "int64", "JSON"])
+def test_blocks_of_every_length(n, length, hidden, codes):
     entry, nu = quantized(n, length, "max1" if length == 10**6 else "absmax1", hidden)
+    arrays = entry.get(HIDDEN, entry)
+    arrays["state1"] = codes(arrays["state1"])
     checkpoint = {"state": {0: entry}, "param_groups": [{"betas": [0.99, 0], "eps": 1e-8, "params": [0]}]}
     state = interop.from_bitsandbytes(checkpoint, ["w"])
     np.testing.assert_array_equal(state.nu["w"], nu)
@@ -82,6 +85,8 @@ def test_blocks_of_every_length(n, length, hidden):
     [
         ("absmax1", {"absmax1": np.ones(5)}, "weight has 4160 codes, 5 scales and a table of 256, which do not fit"),
         ("qmap1", {}, "table.weight is in 8 bits and lacks qmap1 or absmax1"),
+        ("", {"state1": [256]}, "state1 of table.weight has elements that are no codes: allowed are whole"),
+        ("", {"state1": [0.5]}, "state1 of table.weight has elements that are no codes: allowed are whole"),
         ("absmax1", {}, "table.weight is in 8 bits and lacks qmap1 or absmax1"),
     ],
 )
@@ -121,6 +126,12 @@ def test_a_second_slot_is_another_optimizer_s_in_8_bits_too():
 def test_adagrad_has_a_decay_of_zero():
     group = {"betas": [0.0, 0.0], "eps": 1e-10, "params": [0]}
     with pytest.raises(ValueError, match=r"but of Adagrad: group 0 has betas=\[0.0, 0.0\]"):
+        interop.from_bitsandbytes({"state": {0: {"step": 1, "state1": np.ones(2)}}, "param_groups": [group]}, ["w"])
+
+
+def test_betas_that_are_one_number():
+    group = {"betas": 0.99, "eps": 1e-10, "params": [0]}
+    with pytest.raises(ValueError, match=r"group 0 has betas=0.99: allowed are two numbers"):
         interop.from_bitsandbytes({"state": {0: {"step": 1, "state1": np.ones(2)}}, "param_groups": [group]}, ["w"])
 
 

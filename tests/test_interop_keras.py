@@ -141,6 +141,13 @@ def test_other_optimizers_of_keras_are_named(variables):
             interop.from_keras(order(variables))
 
 
+def test_the_model_s_variables_beside_the_optimizer_s():
+    with pytest.raises(
+        ValueError, match="not Keras' RMSprop alone: d/kernel. Pass optimizer.variables, without the mod"
+    ):
+        interop.from_keras([*keras_variables("rmsprop"), ("d/kernel", np.ones(2))])
+
+
 WEIGHTS = ("d/kernel", "d/bias")
 VALUES = (("nu", 4.0), ("trace", 2.0), ("mu", 1.0))
 GENERATIONS = {

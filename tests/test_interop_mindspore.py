@@ -43,6 +43,13 @@ def test_a_layer_called_like_a_slot():
     assert len(interop.from_mindspore(checkpoint() | {"moment.weight": np.ones(5)}).trace) == 3
 
 
+@pytest.mark.parametrize("slots", [["moment"], ["moment", "mean_grad"]])
+def test_an_average_is_missing_and_the_file_has_no_weights(slots):
+    arrays = {"mean_square.a": np.ones(2), "moment.a": np.ones(2)} | {f"{slot}.b": np.ones(2) for slot in slots}
+    with pytest.raises(ValueError, match=r"lacks {'mean_square': \['b'\]"):
+        interop.from_mindspore(arrays, count=7)
+
+
 @pytest.mark.parametrize("lost", ["mean_square.fc.bias", "moment.fc.bias"])
 def test_one_accumulator_is_missing(lost):
     weights = dict.fromkeys(["conv.weight", "fc.weight", "fc.bias"], np.ones(2))

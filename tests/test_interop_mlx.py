@@ -56,6 +56,19 @@ def test_bfloat16_that_numpy_cannot_read():
         interop.from_mlx(checkpoint() | {"fc.bias.v": Bfloat16()})
 
 
+def test_an_optimizer_in_a_larger_tree():
+    arrays = {"w.v": np.ones(2), "step": np.uint64(7), "learning_rate": np.float32(0.1)}
+    whole = {"model.w": np.zeros(2)} | {f"optimizer.{key}": x for key, x in arrays.items()}
+    state = interop.from_mlx(whole)
+    assert (state.count, [*state.nu]) == (7, ["w"])
+    several = {f"states.{i}.{key}": x for i in range(2) for key, x in arrays.items()}  # of a MultiOptimizer
+    with pytest.raises(ValueError, match=r"several optimizers, with states.0.step, states.1.step: .*'states.0.'"):
+        interop.from_mlx(several)
+    interop.from_mlx({key: x for key, x in several.items() if key.startswith("states.0.")})
+    with pytest.raises(ValueError, match="it has w beside it. Pass the optimizer's arrays alone"):
+        interop.from_mlx({**arrays, "w": np.zeros(2)})
+
+
 def test_a_state_that_is_not_flattened():
     nested = {"step": np.uint64(3), "fc": {"weight": {"v": np.ones(2)}}}
     with pytest.raises(ValueError, match=r"fc are not arrays: pass dict\(mlx.utils.tree_flatten\(optimizer.state\)\)"):

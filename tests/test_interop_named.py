@@ -1,10 +1,12 @@
 """The functions that convert arrays by name to trees of parameters, and back."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from golden.checkpoints import ORIGIN
 from interop_helpers import checkpoint, entry, group
 from recordings import from_torch_layout as convert, NAMES, to_torch_layout as convert_back
@@ -52,6 +54,45 @@ def test_convert_must_not_round_on_the_way(dtype):
         interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {k: np.float32(np.asarray(v, dtype)) for k, v in x.items()})
 
 
+class Dropout(nnx.Module):
+    def __init__(self, rngs):
+        self.layer, self.dropout = nnx.Linear(1, 2, use_bias=False, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+
+
+def test_what_is_no_array_of_floats_is_named_and_can_be_left_out():
+    perceptron = eqx.nn.MLP(1, 1, 2, 1, use_bias=False, use_final_bias=False, key=jax.random.key(0))
+    kernels = lambda model: [layer.weight for layer in model.layers]  # noqa: E731
+
+    def module(arrays):
+        return eqx.tree_at(kernels, perceptron, [arrays["a"][:, None], arrays["b"][None]])
+
+    def variables(arrays):
+        state = nnx.state(Dropout(nnx.Rngs(0)))
+        state["layer"]["kernel"] = state["layer"]["kernel"].replace(arrays["a"][None])
+        return state
+
+    with pytest.raises(
+        ValueError, match=r"convert returns \.activation of type .*eqx.filter\(tree, eqx.is_inexact_array"
+    ):
+        interop.from_pytorch(WHOLE, ["a", "b"], module)
+    state = interop.from_pytorch(WHOLE, ["a", "b"], lambda x: eqx.filter(module(x), eqx.is_inexact_array))
+    np.testing.assert_array_equal(kernels(state.nu)[1], [[2, 2]])
+    one = checkpoint([group([0])], {0: entry(1.0)})
+    with pytest.raises(ValueError, match=r"\['dropout'\].*nnx.filter_state\(state, nnx.Param\)"):
+        interop.from_pytorch(one, ["a"], variables)
+    state = interop.from_pytorch(one, ["a"], lambda x: nnx.filter_state(variables(x), nnx.Param))
+    np.testing.assert_array_equal(jax.tree.leaves(state.nu)[0], [[1, 1]])
+    for leaf in ("gelu", jax.random.key(0), np.array([True, False])):
+        with pytest.raises(ValueError, match=r"convert returns \['c'\] of type"):
+            interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {**x, "c": leaf})  # noqa: B023
+
+
+def test_convert_may_return_numbers():
+    centered = checkpoint([group([0], centered=True)], {0: entry(3.0, grad_avg=np.ones(2))})
+    state = interop.from_pytorch(centered, ["w"], lambda x: [v.item() for v in x["w"]])
+    assert [float(x) for x in state.nu] == [2, 2]
+
+
 def test_what_does_not_train_has_no_state():
     params = {"a": jnp.ones(2), "b": jnp.ones(2), "n": jnp.arange(2)}
     state = interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {**x, "n": None})
@@ -78,10 +119,54 @@ def test_a_variance_is_the_difference_in_float64():
 
 def test_convert_back_must_give_the_names():
     state = rmsprop(0.1).init(convert(ORIGIN))
-    with pytest.raises(ValueError, match="convert_back makes, each once: check fc.bias, x"):
+    with pytest.raises(ValueError, match="names must be those that convert_back makes: check fc.bias, x"):
         interop.to_pytorch(state, [*NAMES[:2], "x"], convert_back)
-    with pytest.raises(ValueError, match="convert_back makes, each once: check fc.bias"):
+    with pytest.raises(ValueError, match="names has a name more than once: fc.bias"):
         interop.to_pytorch(state, [*NAMES, "fc.bias"], convert_back)
+    with pytest.raises(ValueError, match="is a set, which has no order"):
+        interop.to_pytorch(state, set(NAMES), convert_back)
+    with pytest.raises(
+        ValueError, match=r"other shapes than the weights': fc.weight has \(3, 8\), its weight \(8, 3\)$"
+    ):
+        interop.to_pytorch(state, {**ORIGIN, "fc.weight": ORIGIN["fc.weight"].T}, convert_back)
+
+
+WRITERS = {
+    "keras": (interop.to_keras, lambda found: dict(found)["a_velocity"]),
+    "tensorflow1": (interop.to_tensorflow1, lambda found: found["a/RMSProp"]),
+    "pytorch": (lambda state, back: interop.to_pytorch(state, ["a", "b"], back), None),
+}
+BACK = {
+    r"leaves out or changes \['b'\]\. To drop one on purpose, set arrays\['b'\] = None": lambda x: {"a": x["a"]},
+    r"leaves out or changes \['b'\], and uses \['a'\] more": lambda x: {"a": x["a"], "b": x["a"]},
+    r"leaves out or changes \['a'\], \['b'\]": lambda x: {name: -v for name, v in x.items()},
+    r"casts \['a'\] to int32": lambda x: {name: v.astype(int) for name, v in x.items()},
+    r"casts \['b'\] to bfloat16": lambda x: {**x, "b": x["b"].astype(jnp.bfloat16)},
+    r"makes elements of \['c'\] that come from none of its arrays: leave them out": lambda x: {**x, "c": np.ones(2)},
+    r"makes None: allowed is a mapping from names": lambda x: None,
+    r"makes \[.*: allowed is a mapping from names": lambda x: [x["a"], x["b"]],
+    r"makes {0: .*: allowed is a mapping from names": lambda x: {0: x["a"], "b": x["b"]},
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(("message", "back"), BACK.items(), ids=BACK)
+def test_convert_back_must_use_every_accumulator_once(writer, message, back):
+    state = rmsprop(0.1).init({"a": jnp.ones(2), "b": jnp.ones(2)})._replace(nu={"a": jnp.ones(2), "b": jnp.zeros(2)})
+    with pytest.raises(ValueError, match="convert_back " + message):
+        WRITERS[writer][0](state, back)
+
+
+@pytest.mark.parametrize("writer", ["keras", "tensorflow1"])
+def test_convert_back_may_drop_on_purpose_and_change_shapes(writer):
+    def back(tree):
+        tree["layer"]["bias"] = None
+        return {"a": np.asarray(tree["layer"]["kernel"]).T}
+
+    state = rmsprop(0.1).init({"layer": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(2)}})
+    state = state._replace(nu={"layer": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(2)}})
+    write, a_of = WRITERS[writer]
+    np.testing.assert_array_equal(a_of(write(state, back)), np.arange(6.0).reshape(2, 3).T)
 
 
 def test_a_centered_state_goes_out_as_frameworks_keep_it():

@@ -67,7 +67,7 @@ def test_two_accumulators_of_one_weight():
 
 def test_what_nobody_knows_is_named():
     arrays, _ = checkpoint()
-    with pytest.raises(ValueError, match="but of another optimizer: it has linear_0.w_0_strange_0$"):
+    with pytest.raises(ValueError, match="but of another optimizer: it has linear_0.w_0_strange_0 beside it. Pass"):
         interop.from_paddle({**arrays, "linear_0.w_0_strange_0": np.ones(2)})
 
 
@@ -75,6 +75,14 @@ def test_as_pickle_loads_it():
     arrays, _ = checkpoint()
     pickled = {**arrays, "StructuredToParameterName@@": {key: key for key in arrays}}
     jax.tree.map(np.testing.assert_array_equal, interop.from_paddle(pickled), interop.from_paddle(arrays))
+
+
+def test_what_is_no_mapping_is_named():
+    arrays, names = checkpoint()
+    with pytest.raises(ValueError, match=r"names=\[.* is a list: allowed is a mapping of your names by Paddle's"):
+        interop.from_paddle(arrays, names=list(names))
+    with pytest.raises(ValueError, match="LR_Scheduler=7 is a int: allowed is a mapping"):
+        interop.from_paddle({**arrays, "LR_Scheduler": 7})
 
 
 def test_names_that_lead_to_one():

@@ -36,8 +36,11 @@ def test_names_that_the_checkpoint_has():
 class Tensor:
     """A torch tensor, as far as its identity and its shape go: an array compares elements, and is no key."""
 
-    def __init__(self, *shape):
-        self.shape = shape
+    def __init__(self, *shape, address=0):
+        self.shape, self.address = shape, address or id(self)
+
+    def data_ptr(self):
+        return self.address
 
     def __eq__(self, other):
         if other is not self:
@@ -100,6 +103,17 @@ def test_the_optimizer_and_its_model_need_no_order():
         interop.from_pytorch(optimizer, Module({"2": head_w, "3": head_b}))
     with pytest.raises(ValueError, match="does not name its parameters: pass names"):
         interop.from_pytorch(optimizer)
+
+
+def test_tensors_of_the_same_memory_need_no_order():
+    """As in `model.state_dict()`, and in `p.data`."""
+    model = layers((2, 2), (2, 2))
+    first, second = model.parameters.values()
+    others = {name: Tensor(*x.shape, address=x.address) for name, x in model.parameters.items()}
+    assert averages(interop.from_pytorch(Live([second, first]), others)) == {"1": 1, "0": 2}
+    # A slice of a weight begins where the weight does.
+    others["slice"] = Tensor(1, 2, address=first.address)
+    assert averages(interop.from_pytorch(Live([second, first]), others)) == {"1": 1, "0": 2}
 
 
 def test_a_live_optimizer_whose_groups_have_names():
@@ -210,8 +224,16 @@ def test_names_may_be_a_generator():
         assert {name: float(x[0]) for name, x in state.nu.items()} == {"b": 1, "a": 2, "c": 3}
     pairs = ((name, np.ones(2)) for name in "bac")  # as model.named_parameters()
     assert float(interop.from_pytorch(checkpoint([group([0, 1, 2])], ABC), pairs).nu["a"][0]) == 2
-    with pytest.raises(ValueError, match="names='abc' is one string"):
-        interop.from_pytorch(checkpoint(IN_GROUPS, ABC), "abc")
+    for names, message in {
+        "abc": "names='abc' is one string: allowed are the model, a mapping",
+        frozenset("abc"): "is a frozenset, which has no order: allowed are",
+        len: "is a builtin_function_or_method, which has no order: .*Pass functions as convert=",
+        (Tensor(2), Tensor(2), Tensor(2)): "names has <.*, a Tensor: allowed are the model, a mapping",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            interop.from_pytorch(checkpoint(IN_GROUPS, ABC), names)
+    with pytest.raises(ValueError, match="is a set, which has no order"):
+        interop.from_pytorch(checkpoint(IN_GROUPS, ABC), set("abc"))
     with pytest.raises(ValueError, match="the checkpoint has a parameter more than once: 0"):
         interop.from_pytorch(checkpoint([group([0]), group([0])], {0: entry(1.0)}), ["a", "b"])
     with pytest.raises(ValueError, match="no group has the parameter of entry 1"):
@@ -248,15 +270,40 @@ def test_the_count_is_the_largest_step():
     without = {i: {"square_avg": np.ones(2)} for i in range(3)}
     with pytest.raises(ValueError, match="does not say how many updates were made"):
         interop.from_pytorch(checkpoint(IN_GROUPS, without), ["b", "a", "c"])
+    mixed = checkpoint(IN_GROUPS, {**entries, 2: without[2]})
+    with pytest.raises(ValueError, match="step of c is None: allowed is a whole number"):
+        interop.from_pytorch(mixed, ["b", "a", "c"])
+    assert interop.from_pytorch(mixed, ["b", "a", "c"], count=7).count == 7
+
+
+def test_nothing_to_read_is_a_new_run():
+    for read in (interop.from_pytorch, interop.from_stable_baselines3):
+        with pytest.raises(
+            ValueError, match=r"has no accumulators of these names: start a new run with tx.init\(params"
+        ):
+            read(checkpoint([group([0])], {}), [])
+        with pytest.raises(
+            ValueError, match=r"has no accumulators of these names: start a new run with tx.init\(params"
+        ):
+            read(checkpoint([group([])], {}), layers())
 
 
 def test_a_copy_of_the_model_has_other_tensors():
-    """Then only the order counts, as with a state_dict."""
-    model, copy = layers((2,), (2,)), layers((2,), (2,))
-    first, second = model.parameters.values()
-    assert averages(interop.from_pytorch(Live([first, second]), copy)) == {"0": 1, "1": 2}
-    with pytest.raises(ValueError, match="shapes do not tell which weight is which"):
-        interop.from_pytorch(Live([first], [second]), copy)
+    """Then only shapes tell which is which."""
+    for groups in (1, 2):
+        model, copy = layers((2,), (2,)), layers((2,), (2,))
+        optimizer = Live(*([*model.parameters.values()][i::groups] for i in range(groups)))
+        message = (
+            "has other tensors than names, .* shapes do not tell which weight is which: pass optimizer and model, or"
+        )
+        with pytest.raises(ValueError, match=message):
+            interop.from_pytorch(optimizer, copy)
+        assert averages(interop.from_pytorch(optimizer, ["0", "1"])) == {"0": 1, "1": 2}
+    model, copy = layers((2,), (3,), (4,)), layers((2,), (3,), (4,))
+    first, second, third = model.parameters.values()
+    optimizer = Live([third, first], [second])
+    del optimizer.state[second]
+    assert averages(interop.from_pytorch(optimizer, copy)) == {"2": 1, "0": 2, "1": 0}
 
 
 def test_a_buffer_is_no_name_of_a_state_dict():
@@ -264,6 +311,24 @@ def test_a_buffer_is_no_name_of_a_state_dict():
     model = Module({"weight": Tensor(2)}, {"mean": Tensor(2)})
     with pytest.raises(ValueError, match="has 2 parameters, of which 2 have stepped; names has 1"):
         interop.from_pytorch(checkpoint([group([0, 1])], {0: entry(1.0), 1: entry(2.0)}), model)
+
+
+BROKEN = {
+    r"param_groups\[0\]=7 is a int: allowed is a mapping": checkpoint([7], {}),
+    r"param_groups\[0\] has no params": checkpoint([{"lr": 0.1}], {}),
+    "state=None is a NoneType: allowed is a mapping": checkpoint([group([0])], None),
+    r"state\[0\]=None is a NoneType: allowed is a mapping": checkpoint([group([0])], {0: None}),
+    "entry 0 twice, as a number and as a string: remove one": checkpoint(
+        [group([0])], {0: entry(1.0), "0": entry(5.0)}
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "found"), BROKEN.items(), ids=BROKEN)
+def test_a_broken_state_dict_is_named(message, found):
+    for read in (interop.from_pytorch, interop.from_bitsandbytes):
+        with pytest.raises(ValueError, match=message):
+            read(found, ["w"])
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,13 @@ def test_the_global_step_wherever_it_lies():
         interop.from_tensorflow1({**slots, "global_step_of_mine": np.int64(3)})
 
 
+def test_a_name_that_is_no_string():
+    with pytest.raises(
+        ValueError, match="name=None: allowed is the optimizer's name. TensorFlow's default is 'RMSProp'"
+    ):
+        interop.from_tensorflow1({"w/RMSProp": np.ones(2), "w/RMSProp_1": np.ones(2)}, count=7, name=None)
+
+
 def test_two_optimizers_of_one_name():
     """TensorFlow numbers the second one's slots on: RMSProp_2 is no momentum then."""
     slots = {f"w/RMSProp{suffix}": np.ones(2) for suffix in ("", "_1", "_2", "_3")}

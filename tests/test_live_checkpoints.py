@@ -1,5 +1,6 @@
 """Checkpoints that the installed frameworks write here and now: they are as recorded, and runs are resumed from every form."""
 
+import copy
 import functools
 import importlib.metadata
 import inspect
@@ -445,6 +446,13 @@ def test_a_live_torch_optimizer_and_its_model():
     state = interop.from_pytorch(optimizer, model)
     expected = {name: optimizer.state.get(p) for name, p in [*model.named_parameters(), ("scale", model.scale)]}
     assert set(state.nu) == set(expected)
+    tensors = model.state_dict() | {"scale": model.scale.data}  # others, of the same memory
+    del tensors["1.bias"]
+    jax.tree.map(np.testing.assert_array_equal, interop.from_pytorch(optimizer, tensors), state)
+    with pytest.raises(ValueError, match="the optimizer has other tensors than names"):
+        interop.from_pytorch(optimizer, copy.deepcopy(model))
+    with pytest.raises(ValueError, match="names has Parameter"):
+        interop.from_pytorch(optimizer, model.parameters())
     for name, entry in expected.items():
         np.testing.assert_array_equal(state.nu[name], entry["square_avg"].numpy() if entry else np.zeros((4, 4)))
     with pytest.raises(ValueError, match="shapes do not tell which weight is which"):

@@ -30,7 +30,10 @@ def array(key: str, x: Any, allowed: str = "an array of numbers") -> np.ndarray:
             f"{key} is complex: make real arrays of complex accumulators with torch.view_as_real, and a NamedTuple of "
             "`real` and `imaginary` in convert. Then use optax.contrib.split_real_and_imaginary(tx)"
         )
-    if not (jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)):
+    if found.dtype == np.dtype("V2"):  # HDF5 and npz files forget that this is bfloat16
+        found = found.view(jnp.bfloat16)
+    is_number = jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)
+    if not is_number or found.dtype.kind == "m":  # to NumPy, a timedelta64 is an integer
         raise ValueError(f"{key} is {reprlib.repr(x)}: allowed is {allowed}")
     return found.astype(np.float64)
 
@@ -44,18 +47,26 @@ def _strided(x: Any) -> Any:
     x = x.detach().cpu()
     if getattr(x, "is_quantized", False):
         x = x.dequantize()
-    if hasattr(x, "to_dense"):
+    # Paddle's dense tensors have this method as well, and it fails.
+    if str(getattr(x, "layout", "")).startswith(("torch.sparse", "torch._mkldnn")):
         x = x.to_dense()
     # NumPy has no bfloat16.
     return x.double() if hasattr(x, "double") and x.is_floating_point() else x
 
 
-def mapping(checkpoint: Any, content: str = "arrays by name") -> Mapping[str, Any]:
-    """The checkpoint, if it is a mapping."""
-    if not isinstance(checkpoint, Mapping):
-        found = f"checkpoint={reprlib.repr(checkpoint)} is a {type(checkpoint).__name__}"
-        raise ValueError(f"{found}: allowed is a mapping of {content}. Load a file first, as the documentation shows")
-    return checkpoint
+LOAD = "Load a file first, as the documentation shows"
+
+
+def mapping(
+    found: Any, content: str = "arrays by name", name: str = "checkpoint", way_out: str = LOAD, keys: type = str
+) -> Mapping[Any, Any]:
+    """What is found, if it is a mapping whose keys are of this type. All other arguments are for errors."""
+    if not isinstance(found, Mapping):
+        kind = f"{name}={reprlib.repr(found)} is a {type(found).__name__}"
+        raise ValueError(f"{kind}: allowed is a mapping of {content}. {way_out}")
+    if strange := [key for key in found if not isinstance(key, keys)]:
+        raise ValueError(f"{name} has the key {strange[0]!r}: allowed is a mapping of {content}, with strings as keys")
+    return found
 
 
 def pairs(variables: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -69,7 +69,10 @@ def _check_is_rmsprop(groups: Sequence[Mapping[str, Any]], entries: Mapping[Any,
         if not {"betas", "eps"} <= set(group) or not all(NU in entry for entry in entries.values() if entry):
             found = f"group {i} has {sorted(group)}"
             raise ValueError(f"not a checkpoint of bitsandbytes: if PyTorch wrote it, use from_pytorch ({found})")
-        decay, eps = array("betas", group["betas"])[0], array("eps", group["eps"])
+        betas, eps = array("betas", group["betas"]), array("eps", group["eps"])
+        if not betas.shape:
+            raise ValueError(f"group {i} has betas={group['betas']}: allowed are two numbers, as bitsandbytes has them")
+        decay = betas[0]
         if decay == 0 or eps == 0:
             kind = "Adagrad" if decay == 0 else "SGD, LARS or Lion"
             options = f"group {i} has betas={group['betas']}, eps={group['eps']}"
@@ -81,12 +84,17 @@ def _arrays(parameter: Parameter) -> dict[str, Any]:
     name, _, entry, _ = parameter
     if not entry:
         return {NU: parameter.start(0.0)}
-    if "state2" in entry or not str(getattr(entry[NU], "dtype", "")).endswith("uint8"):
-        return {slot: entry[slot] for slot in (NU, "state2") if slot in entry}
     scales = entry.get("absmax1", entry.get("max1"))  # max1: of the whole tensor, in the oldest versions
+    # Through JSON, codes are lists of integers.
+    is_coded = "qmap1" in entry or scales is not None or str(getattr(entry[NU], "dtype", "")).endswith("uint8")
+    if "state2" in entry or not is_coded:
+        return {slot: entry[slot] for slot in (NU, "state2") if slot in entry}
     if scales is None or "qmap1" not in entry:
         raise ValueError(f"{name} is in 8 bits and lacks qmap1 or absmax1: it has {sorted(entry)}")
-    codes = array(f"{NU} of {name}", entry[NU]).astype(int)
+    numbers = array(f"{NU} of {name}", entry[NU])
+    codes = numbers.astype(np.uint8)
+    if (codes != numbers).any():
+        raise ValueError(f"{NU} of {name} has elements that are no codes: allowed are whole numbers from 0 to 255")
     table, scales = array(f"qmap1 of {name}", entry["qmap1"]), array(f"absmax1 of {name}", scales)
     lengths = [n for n in (*BLOCKS, codes.size or 1) if -(-codes.size // n) == scales.size]
     if not lengths or table.size != 256:

@@ -140,7 +140,7 @@ def state_of_variables(
         raise ValueError(f"the checkpoint has {listed(twice)} twice: pass each variable once")
     entries = [Entry(match["slot"], match["weight"], found[path], path) for path, match in matches.items()]
     optimizer = Optimizer("Keras' RMSprop", generation.slots)
-    return state_of(optimizer, entries, convert, count, _updates(others, scopes, steps))
+    return state_of(optimizer, entries, convert, count, _updates(others, scopes, steps, count))
 
 
 def _accumulators(paths: Iterable[str]) -> tuple[Generation, dict[str, re.Match[str]]]:
@@ -167,6 +167,8 @@ def _check_is_rmsprop(
             "that keras.saving.load_model made or model.load_weights filled, or name them as the documentation shows"
         )
     slots = [match["slot"] for match in matches.values()]
+    if unknown and generation.slots["nu"] in slots and "rms" in name.replace("_", ""):
+        raise ValueError(f"not Keras' RMSprop alone: {listed(unknown)}. Pass optimizer.variables, without the model's")
     refused = f"not the variables of Keras' RMSprop, but of {name or 'an optimizer without a name'}: "
     if unknown or generation.slots["nu"] not in slots or name in OTHERS:
         raise ValueError(refused + listed(unknown or [*others, *matches]))
@@ -179,13 +181,15 @@ def _check_is_rmsprop(
         )
 
 
-def _updates(others: Mapping[str, Any], scopes: Iterable[str], steps: int | None) -> dict[str, int]:
+def _updates(others: Mapping[str, Any], scopes: Iterable[str], steps: int | None, count: int | None) -> dict[str, int]:
     """The iterations or, as a loss scaler has one as well, those beside the accumulators, in updates."""
     k = 1 if _checks.off(steps) is None else _checks.count("gradient_accumulation_steps", steps, lower=2)
     accumulators = [path for path in others if path.endswith("_gradient_accumulator")]
     if bool(accumulators) != (k > 1):
         optimizer = f"the optimizer has {len(accumulators)} gradient accumulators"
         raise ValueError(f"gradient_accumulation_steps={steps}, but {optimizer}: pass the optimizer's own number")
+    if count is not None and k == 1:
+        return {}
     found = {path: whole(path, x) for path, x in others.items() if re.fullmatch(ITERATION, path)}
     beside = {path: x for path, x in found.items() if _last(path.rpartition("/")[0]) in scopes} or found
     if rest := max((x % k for x in beside.values()), default=0):

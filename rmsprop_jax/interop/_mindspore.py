@@ -52,6 +52,7 @@ def from_mindspore(
     # A layer may be called "moment": its weights are no accumulators.
     weights = {name for kind, _, name in parts.values() if kind == RMSPROP.slots["nu"]}
     own = [x for x in every if x.slot in RMSPROP.slots.values() and x.key not in weights]
-    own = [x for x in own if x.name in {*weights, *checkpoint}]
+    if weights & checkpoint.keys():  # where the file has the weights, it has all of them
+        own = [x for x in own if x.name in {*weights, *checkpoint}]
     stored = {key: x for key, x in checkpoint.items() if key == "global_step"}
     return state_of(RMSPROP, own or every, convert, count, stored)

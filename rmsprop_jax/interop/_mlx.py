@@ -28,7 +28,8 @@ def from_mlx(
     Adagrad's from RMSprop's: make sure that it is RMSprop's.
 
     Args:
-        checkpoint: arrays by name: `layers.0.weight.v`, with `step` and `learning_rate`.
+        checkpoint: arrays by name: `layers.0.weight.v`, with `step` and `learning_rate`. The optimizer may be part of
+            a larger tree, `{"model": ..., "optimizer": ...}`.
         convert: from arrays by name (`"layers.0.weight"`) to a tree of parameters.
         count: of updates. `None` stands for the `step`.
 
@@ -41,7 +42,14 @@ def from_mlx(
     References:
         python/mlx/optimizers/optimizers.py, 0.32.4.
     """
-    arrays = dict(mapping(checkpoint))
+    steps = [key for key in mapping(checkpoint) if f".{key}".endswith(".step")]
+    if len(steps) > 1:
+        raise ValueError(
+            f"the checkpoint has several optimizers, with {listed(steps)}: read them one by one, as in "
+            f"{{key: x for key, x in checkpoint.items() if key.startswith({steps[0].removesuffix('step')!r})}}"
+        )
+    prefix = steps[0].removesuffix("step") if steps else ""  # of the optimizer in a larger tree
+    arrays = {key.removeprefix(prefix): x for key, x in checkpoint.items() if key.startswith(prefix)}
     if nested := [key for key, x in arrays.items() if _is_nested(x)]:
         raise ValueError(f"{listed(nested)} are not arrays: pass dict(mlx.utils.tree_flatten(optimizer.state))")
     if bits := [key for key, x in arrays.items() if str(getattr(x, "dtype", "")) == "mlx.core.bfloat16"]:

@@ -1,6 +1,8 @@
 """What all readers and writers do: from and to arrays by slot and by the name of their weight."""
 
+import collections
 import functools
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -60,11 +62,11 @@ def state_of(
     _check_slots(optimizer, slots, shapes or {})
     made, convert = updates(count, stored), convert or dict
     try:
-        _check_convert(convert, slots["nu"])
+        _check_use("convert", convert, slots["nu"], NEW_PARAMETER)
     except KeyError as error:
         found = f"the checkpoint has {sorted(slots['nu'])}"
         raise ValueError(f"convert asks for {error}, but {found}: strip prefixes like `module.` there") from error
-    trees = {slot: convert(dict(arrays)) for slot, arrays in slots.items()}
+    trees = {slot: jax.tree.map(np.asarray, convert(dict(arrays))) for slot, arrays in slots.items()}
     if "mu" in trees:
         trees["nu"] = jax.tree.map(_states.variance, trees["nu"], trees["mu"])
     arrays = {slot: jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree) for slot, tree in trees.items()}
@@ -90,9 +92,12 @@ def _by_slot(optimizer: Optimizer, entries: Sequence[Entry]) -> dict[str, Arrays
 def somebody_else(optimizer: Optimizer, kinds: Iterable[str], found: Iterable[Any]) -> ValueError:
     """The error for the checkpoint of another optimizer, which the names of its slots or options give away."""
     kinds, found = set(kinds), listed(found)
-    nothing = "another optimizer" if found else "one without accumulators, such as SGD"
-    kind = next((kind for slot, kind in optimizer.others.items() if slot in kinds), nothing)
-    return ValueError(f"not the checkpoint of {optimizer.title}, but of {kind}: it has {found or 'no accumulators'}")
+    refused = f"not the checkpoint of {optimizer.title}, but of "
+    if not found:
+        return ValueError(f"{refused}one without accumulators, such as SGD: it has no accumulators")
+    kind = next((kind for slot, kind in optimizer.others.items() if slot in kinds), None)
+    mixed = "" if kind or optimizer.slots["nu"] not in kinds else " beside it. Pass the optimizer's arrays alone"
+    return ValueError(f"{refused}{kind or 'another optimizer'}: it has {found}{mixed}")
 
 
 def _check_slots(
@@ -108,28 +113,13 @@ def _check_slots(
             raise ValueError(f"{name} has arrays of different shapes: {shapes}. Are the names in another order?")
     if negative := [name for name, nu in slots["nu"].items() if (nu < 0).any()]:
         raise ValueError(f"{theirs['nu']} of {listed(negative)} has negative elements: pass the state of RMSprop")
+    large = [f"{theirs[slot]} of {name}" for slot, arrays in slots.items() for name, x in arrays.items() if _large(x)]
+    if large:
+        raise ValueError(f"{listed(large)} has elements above 3.4e38, which float32 cannot hold: replace them")
 
 
-def _check_convert(convert: Convert, arrays: Arrays) -> None:
-    """Raises unless every element of `arrays` comes out of `convert`, which gets each array's number in its place."""
-    # Odd numbers from 4097: float32 holds them, and neither float16 nor bfloat16 does.
-    number = {name: 4097.0 + 2 * i for i, name in enumerate(arrays)}
-    numbers = {name: np.full(x.shape, number[name]) for name, x in arrays.items()}
-    leaves = {keystr(path): np.asarray(x) for path, x in tree_flatten_with_path(convert(numbers))[0]}
-    for path, x in leaves.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits < 32:
-            place = path or "the array"
-            raise ValueError(f"convert casts {place} to {x.dtype}, but accumulators need float32: cast after convert")
-    values = np.concatenate([np.zeros(0), *(np.ravel(x.astype(np.float64)) for x in leaves.values())])
-    times = dict(zip(*np.unique(values, return_counts=True), strict=True))
-    found = {name: times.get(number[name], 0) for name in arrays}
-    # convert drops an array on purpose by putting None in its place. One that it only pops may have been forgotten.
-    kept = [name for name in arrays if numbers.get(name, found) is not None]
-    if forgotten := [name for name in kept if found[name] < arrays[name].size]:
-        twice = [name for name, x in arrays.items() if found[name] > x.size]
-        also = f", and uses {twice} more than once" if twice else ""
-        drop = f"To drop one on purpose, set arrays[{forgotten[0]!r}] = None"
-        raise ValueError(f"convert leaves out or changes {forgotten}{also}. {drop}")
+def _large(x: np.ndarray) -> bool:
+    return bool((np.isfinite(x) & (abs(x) > np.finfo(np.float32).max)).any())
 
 
 # --- To a framework ---------------------------------------------------------------------------------------
@@ -147,7 +137,10 @@ def arrays_of(state: Any, convert_back: ConvertBack) -> tuple[np.ndarray, dict[s
     slots = {}
     for slot in _states.Accumulators._fields:
         if slot == "nu" or any(getattr(x, slot) is not None for x in found):
-            named = convert_back(jax.tree.map(functools.partial(_decoded, slot), tree, is_leaf=is_leaf))
+            arrays = jax.tree.map(functools.partial(_decoded, slot), tree, is_leaf=is_leaf)
+            if slot == "nu":
+                _check_use("convert_back", lambda x: _by_name(convert_back(x)), arrays, "leave them out")
+            named = convert_back(arrays)
             # Contiguous: a framework does not want to own a transposed view.
             slots[slot] = {k: array(f"{slot} of {k}", x).astype(np.float32, order="C") for k, x in named.items()}
     return np.asarray(count), slots
@@ -159,3 +152,59 @@ def _decoded(slot: str, found: _states.Accumulators) -> Any:
         return _states.second_moment(found.nu, found.mu)
     x = getattr(found, slot)
     return jnp.zeros_like(_storage.decode(found.nu)) if x is None else _storage.decode(x)
+
+
+def _by_name(found: Any) -> dict[str, Any]:
+    """What convert_back made, if it is what it should be."""
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"convert_back makes {reprlib.repr(found)}: allowed is a mapping from names to arrays")
+    return dict(found)
+
+
+# --- Both ways --------------------------------------------------------------------------------------------
+
+NEW_PARAMETER = "put optax.MaskedNode() in the place of a new parameter, which carry_over starts"
+
+
+def _check_use(name: str, function: Callable[[Any], Any], tree: Any, way_out: str) -> None:
+    """Raises unless every element of `tree` comes out of `function`, and nothing else does.
+
+    The function gets each array's number in its place. `way_out` is for what the function adds.
+    """
+    arrays = tree_flatten_with_path(tree)[0]
+    # Odd numbers from 4097: float32 holds them, and neither float16 nor bfloat16 does.
+    number = {path: 4097.0 + 2 * i for i, (path, _) in enumerate(arrays)}
+    full_like = lambda path, x: (np if isinstance(x, np.ndarray) else jnp).full_like(x, number[path])  # noqa: E731
+    numbers = jax.tree.map_with_path(full_like, tree)
+    leaves = [(keystr(path) or "the array", x) for path, x in tree_flatten_with_path(function(numbers))[0]]
+    made = {path: _times(name, path, x) for path, x in leaves}
+    times = sum(made.values(), collections.Counter())
+    found = {path: times[number[path]] for path, _ in arrays}
+    # To drop an array on purpose is to put None in its place. One that is only popped may have been forgotten.
+    dropped = [path for path, x in tree_flatten_with_path(numbers, is_leaf=lambda x: x is None)[0] if x is None]
+    kept = [(path, x.size) for path, x in arrays if not any(path[: len(start)] == start for start in dropped)]
+    if forgotten := [keystr(path) for path, size in kept if found[path] < size]:
+        twice = [keystr(path) for path, x in arrays if found[path] > x.size]
+        also = f", and uses {listed(twice)} more than once" if twice else ""
+        drop = f"To drop one on purpose, set arrays{forgotten[0]} = None"
+        raise ValueError(f"{name} leaves out or changes {listed(forgotten)}{also}. {drop}")
+    if foreign := [path for path, x in made.items() if x.keys() - number.values()]:
+        raise ValueError(f"{name} makes elements of {listed(foreign)} that come from none of its arrays: {way_out}")
+
+
+def _times(name: str, path: str, x: Any) -> collections.Counter[float]:
+    """How often each number is in a leaf that a function made, and which must be able to hold an accumulator."""
+    try:
+        found = np.asarray(x)
+    except (TypeError, ValueError, RuntimeError):  # keys of random numbers, and bfloat16 of torch
+        found = np.asarray(None)
+    if not jnp.issubdtype(found.dtype, jnp.floating) or jnp.finfo(found.dtype).bits < 32:
+        is_array = jnp.issubdtype(found.dtype, jnp.number)
+        problem = f"casts {path} to {found.dtype}" if is_array else f"returns {path} of type {type(x).__name__}"
+        raise ValueError(
+            f"{name} {problem}, but accumulators need float32: cast after {name}, and leave out what is no parameter, "
+            "with eqx.filter(tree, eqx.is_inexact_array) or nnx.filter_state(state, nnx.Param)"
+        )
+    return collections.Counter(
+        dict(zip(*(part.tolist() for part in np.unique(found, return_counts=True)), strict=True))
+    )

@@ -70,7 +70,9 @@ def from_paddle(
     if bits := [key for key, x in given.items() if str(getattr(x, "dtype", "")).endswith("uint16")]:
         raise ValueError(f"{listed(bits)} is uint16, the bits of bfloat16: use paddle.load, without return_numpy")
     found = {key: match.groups() if (match := _NAME.fullmatch(key)) else ("", key) for key in given}
-    entries = [Entry(slot, (names or {}).get(weight, weight), given[key], key) for key, (weight, slot) in found.items()]
-    stored = {key: x for key, x in (checkpoint.get("LR_Scheduler") or {}).items() if key == "last_epoch"}
+    ours = mapping({} if names is None else names, "your names by Paddle's", "names", "See the documentation")
+    entries = [Entry(slot, ours.get(weight, weight), given[key], key) for key, (weight, slot) in found.items()]
+    scheduler = mapping(checkpoint.get("LR_Scheduler") or {}, "last_epoch and more", "LR_Scheduler", "Or leave it out")
+    stored = {key: x for key, x in scheduler.items() if key == "last_epoch"}
     state = state_of(RMSPROP, entries, convert, count, stored)
     return state if any(x.any() for x in jax.tree.leaves(state.mu)) else state._replace(mu=None)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._rmsprop import RMSPropState
-from .._text import listed, repeated
+from .._text import listed
 from ._arrays import array, whole
 from ._named import arrays_of, Convert, ConvertBack, Optimizer, somebody_else
-from ._state_dict import Names, Parameter, parameters, parts_of, state_of_parameters
+from ._state_dict import given_names, Names, Parameter, parameters, parts_of, state_of_parameters
 
 
 __all__ = ["from_pytorch", "from_stable_baselines3", "from_timm", "to_pytorch"]
@@ -102,17 +102,28 @@ def to_pytorch(state: Any, names: Names, convert_back: ConvertBack) -> dict[int,
 
     Args:
         state: of `dialects.pytorch`, `dialects.timm` or `dialects.stable_baselines3`.
-        names: of the parameters, or a mapping's keys, in the order of the optimizer's groups, which need not be the
-            model's.
+        names: of the parameters, in the order of the optimizer's groups. A mapping from names to weights, or a model,
+            has them in the model's order: shapes are checked, but **a wrong order of layers of one shape cannot be
+            detected**. With several groups, take the names from there::
+
+                name_of = {p: name for name, p in model.named_parameters()}
+                names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
+
         convert_back: from a tree of parameters to arrays by name.
 
     Raises:
-        ValueError: `convert_back` makes other names.
+        ValueError: `convert_back` makes other names or shapes, or does not use every accumulator.
     """
-    names = list(names)
+    given, weights = given_names(names)
+    names = given or []
     count, slots = arrays_of(state, convert_back)
-    if differ := repeated(names) or sorted(slots["nu"].keys() ^ names):
-        raise ValueError(f"names must be those that convert_back makes, each once: check {listed(differ)}")
+    if differ := sorted(slots["nu"].keys() ^ names):
+        raise ValueError(f"names must be those that convert_back makes: check {listed(differ)}")
+    shapes = {name: (x.shape, tuple(getattr(weights.get(name), "shape", x.shape))) for name, x in slots["nu"].items()}
+    if differ := [
+        f"{name} has {ours}, its weight {theirs}" for name, (ours, theirs) in shapes.items() if ours != theirs
+    ]:
+        raise ValueError(f"convert_back makes arrays of other shapes than the weights': {listed(differ, '; ')}")
 
     import torch
 
@@ -176,7 +187,7 @@ def _read(checkpoint: Any, names: Names | None, convert: Convert | None, count: 
             raise somebody_else(RMSPROP, {*group, *fields}, sorted(group))
     found = parameters(groups, entries, names, NU)
     for i, group in enumerate(groups):
-        writer = _class_of(group, [x for x in found if x.group is group and x.entry])
+        writer = _class_of(group, [x for x in found if x.group is group and x.entry], count)
         writer = writer or (PYTORCH if own is TIMM else own)
         if writer is not own:
             raise ValueError(f"this is {writer.title}: use {writer.reader}. Group {i} has {sorted(group)}")
@@ -196,7 +207,7 @@ def _arrays(parameter: Parameter, used: list[str], first: float) -> dict[str, An
     return own | zeros
 
 
-def _class_of(group: Mapping[str, Any], stepped: list[Parameter]) -> Class | None:
+def _class_of(group: Mapping[str, Any], stepped: list[Parameter], count: int | None) -> Class | None:
     """The class that wrote this group; None if nothing tells.
 
     Stable Baselines 3's groups have the options of a PyTorch before 1.12. Averages that started at 1 are at least what
@@ -212,7 +223,12 @@ def _class_of(group: Mapping[str, Any], stepped: list[Parameter]) -> Class | Non
         if "int" in str(getattr(step, "dtype", type(step))):
             # Every update rounds in float32, where this may have become zero.
             alpha = array("alpha", group.get("alpha", 0)).item() * (1 - 2.0**-22)
-            left = alpha ** whole(f"step of {name}", step)
+            try:
+                left = alpha ** whole(f"step of {name}", step)
+            except ValueError:
+                if count is None:
+                    raise
+                continue  # the caller says the count
             if left > np.finfo(np.float32).tiny:
                 smallest = min(smallest, array(f"{NU} of {name}", entry.get(NU, ())).min(initial=np.inf) / left)
     return PYTORCH if smallest < 1 else STABLE_BASELINES3 if smallest < 100 else None

@@ -1,5 +1,6 @@
 """State dicts of torch's optimizers: groups, and entries by the number, or the name, of a parameter."""
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +12,9 @@ from ._arrays import array, mapping, whole
 from ._named import Convert, Entry, Optimizer, state_of
 
 
-__all__ = ["Names", "Parameter", "parameters", "parts_of", "state_of_parameters"]
+__all__ = ["Names", "Parameter", "given_names", "parameters", "parts_of", "state_of_parameters"]
 
-Names = Any  # an iterable of names, a mapping from names to weights, pairs of both, or a torch module
+Names = Any  # a sequence of names, a mapping from names to weights, pairs of both, or a torch module
 Shape = tuple[int, ...]
 
 
@@ -44,14 +45,29 @@ def parts_of(checkpoint: Any) -> tuple[list[dict[str, Any]], dict[Any, Mapping[s
         checkpoint = _unflattened(checkpoint)
     if not {"state", "param_groups"} <= set(checkpoint):
         raise ValueError(f"not an optimizer's state_dict: state or param_groups is missing in {listed(checkpoint)}")
-    groups = [{**group, "params": [_key(key) for key in group["params"]]} for group in checkpoint["param_groups"]]
+    of_torch = {
+        "content": "what a torch optimizer has",
+        "way_out": "Pass optimizer.state_dict() as it is",
+        "keys": object,
+    }
+    groups = [
+        mapping(group, name=f"param_groups[{i}]", **of_torch) for i, group in enumerate(checkpoint["param_groups"])
+    ]
+    if without := [i for i, group in enumerate(groups) if "params" not in group]:
+        raise ValueError(f"param_groups{without[:1]} has no params, the numbers of parameters. {of_torch['way_out']}")
+    groups = [{**group, "params": [_key(key) for key in group["params"]]} for group in groups]
     keys = [key for group in groups for key in group["params"]]
     if twice := repeated(keys):
         raise ValueError(f"the checkpoint has a parameter more than once: {listed(twice)}")
     known = set(keys)  # tensors are found in a set, and not in a list, which compares elements
-    entries: dict[Any, Any] = {_key(key): entry for key, entry in checkpoint["state"].items()}
+    stored = {_key(key): entry for key, entry in mapping(checkpoint["state"], name="state", **of_torch).items()}
     # Through JSON or safetensors, the number of a parameter becomes a string.
-    entries = {int(key) if key not in known and str(key).isdigit() else key: entry for key, entry in entries.items()}
+    entries: dict[Any, Any] = {}
+    for key, entry in stored.items():
+        number = int(key) if key not in known and str(key).isdigit() else key
+        if number in entries:
+            raise ValueError(f"the checkpoint has entry {number} twice, as a number and as a string: remove one")
+        entries[number] = mapping(entry, name=f"state[{key!r}]", **of_torch)
     if unknown := [key for key in entries if key not in known]:
         raise ValueError(f"not an optimizer's state: no group has the parameter of entry {unknown[0]!r}")
     return groups, entries
@@ -82,9 +98,12 @@ def state_of_parameters(
 ) -> RMSPropState:
     """The state. The count is the largest step: torch does not count updates in which a parameter has no gradient."""
     entries = [Entry(slot, p.name, x, f"{slot} of {p.name}") for p in found for slot, x in arrays(p).items()]
-    steps = [whole(f"step of {p.name}", p.entry["step"]) for p in found if "step" in p.entry]
-    stored = {"step": max(steps, default=0)} if steps or not any(p.entry for p in found) else {}
-    return state_of(optimizer, entries, convert, count, stored, {p.name: p.shape for p in found})
+    if not entries:
+        raise ValueError("the checkpoint has no accumulators of these names: start a new run with tx.init(params)")
+    stepped = [p for p in found if p.entry]
+    if count is None and (not stepped or any("step" in p.entry for p in stepped)):
+        count = max((whole(f"step of {p.name}", p.entry.get("step")) for p in stepped), default=0)
+    return state_of(optimizer, entries, convert, count, {}, {p.name: p.shape for p in found})
 
 
 # --- Names ------------------------------------------------------------------------------------------------
@@ -97,7 +116,7 @@ def parameters(
 
     `average` is the name of ν in an entry, which has the shape of the weight.
     """
-    given, weights = _given(names)
+    given, weights = given_names(names)
     shapes = {name: tuple(np.shape(weight)) for name, weight in weights.items()}
     group_of = {key: group for group in groups for key in group["params"]}
     stepped = [key for key in group_of if entries.get(key)]
@@ -112,9 +131,17 @@ def parameters(
             )
         keys = dict.fromkeys(group_of if len(given) == len(group_of) else stepped)
         parts = [part for group in groups if (part := [key for key in group["params"] if key in keys])]
-        if weights and len(parts) > 1:
-            found = {key: array(f"{average} of parameter {key}", entries[key].get(average)).shape for key in stepped}
-            name_of = _by_shape(parts, found, shapes)
+        live = all(hasattr(key, "shape") for key in keys)  # the optimizer itself, with a copy of its model
+        parts = [[key] for key in keys] if live else parts
+        if weights and (live or len(parts) > 1):
+            if live:
+                found = {key: tuple(key.shape) for key in keys}
+                problem = "the optimizer has other tensors than names, such as those of a copied model"
+            else:
+                kept = {key: entries[key].get(average) for key in stepped}
+                found = {key: array(f"{average} of parameter {key}", x).shape for key, x in kept.items()}
+                problem = f"names is in the model's order, the {len(parts)} groups may be in another"
+            name_of = _by_shape(parts, found, {name: shapes[name] for name in given}, problem)
         else:
             name_of = dict(zip(keys, given, strict=True))
     else:
@@ -126,18 +153,23 @@ def parameters(
     return [Parameter(name, group_of[key], entries.get(key) or {}, shapes.get(name)) for key, name in name_of.items()]
 
 
-def _given(names: Names | None) -> tuple[list[str] | None, dict[str, Any]]:
+def given_names(names: Names | None) -> tuple[list[str] | None, dict[str, Any]]:
     """The names that the caller gives, and the weights, and buffers, by name if they are given as well."""
     if names is None:
         return None, {}
     if hasattr(names, "named_parameters"):
         own = dict(names.named_parameters())
         return list(own), own | dict(names.named_buffers())
-    if isinstance(names, str):
-        raise ValueError(f"names={names!r} is one string: allowed are a sequence of names, or a mapping to the weights")
+    allowed = "allowed are the model, a mapping from names to weights, and a sequence of names"
+    if isinstance(names, (str, set, frozenset)) or not hasattr(names, "__iter__"):
+        problem = "one string" if isinstance(names, str) else f"a {type(names).__name__}, which has no order"
+        raise ValueError(f"names={reprlib.repr(names)} is {problem}: {allowed}. Pass functions as convert=")
     items: list[Any] = list(names.items() if isinstance(names, Mapping) else names)
-    in_pairs = bool(items) and all(isinstance(item, tuple) for item in items)  # as model.named_parameters() has them
+    # Pairs, as model.named_parameters() has them.
+    in_pairs = bool(items) and all(isinstance(item, tuple) and len(item) == 2 for item in items)
     given = [name for name, _ in items] if in_pairs else items
+    if strange := [name for name in given if not isinstance(name, str)]:
+        raise ValueError(f"names has {reprlib.repr(strange[0])}, a {type(strange[0]).__name__}: {allowed}")
     if twice := repeated(given):
         raise ValueError(f"names has a name more than once: {listed(twice)}")
     return given, dict(items) if in_pairs else {}
@@ -148,17 +180,29 @@ def _stored(groups: Sequence[Mapping[str, Any]], keys: list[Any], weights: Mappi
     if keys and all(isinstance(key, str) for key in keys):
         return dict(zip(keys, keys, strict=True))
     if weights and any(hasattr(key, "shape") for key in keys):
-        name_of = {id(weight): name for name, weight in reversed([*weights.items()])}  # a tied weight's first name
-        lacking = [tuple(key.shape) for key in keys if id(key) not in name_of]
+        reverse = [*weights.items()][::-1]  # a tied weight has its first name
+        name_of = {mark(weight): name for mark in (_address, id) for name, weight in reverse}
+        mark_of = {key: id(key) if id(key) in name_of else _address(key) for key in keys}
+        lacking = [tuple(key.shape) for key, mark in mark_of.items() if mark not in name_of]
         if not lacking:
-            return {key: name_of[id(key)] for key in keys}
+            return {key: name_of[mark] for key, mark in mark_of.items()}
         if len(lacking) < len(keys):
             raise ValueError(f"names lacks parameters of the optimizer, of shape {listed(lacking)}: pass them all")
     stored = [name for group in groups for name in group.get("param_names") or ()]
     return dict(zip(keys, stored, strict=True)) if keys and len(stored) == len(keys) else None
 
 
-def _by_shape(groups: list[list[Any]], found: Mapping[Any, Shape], weights: Mapping[str, Shape]) -> dict[Any, str]:
+def _address(x: Any) -> Any:
+    """Where a tensor lies, with its shape: the tensors of a model's `state_dict()` are others, of the same memory."""
+    try:
+        return (x.data_ptr(), *x.shape) if x.data_ptr() else id(x)
+    except (AttributeError, RuntimeError):
+        return id(x)
+
+
+def _by_shape(
+    groups: list[list[Any]], found: Mapping[Any, Shape], weights: Mapping[str, Shape], problem: str
+) -> dict[Any, str]:
     """The names by key, where no two groups have a shape in common, and each keeps the model's order."""
     name_of: dict[Any, str] = {}
     for group in groups:
@@ -166,8 +210,8 @@ def _by_shape(groups: list[list[Any]], found: Mapping[Any, Shape], weights: Mapp
         names = [name for name, shape in weights.items() if shape in shapes]
         if shapes != [weights[name] for name in names]:
             raise ValueError(
-                f"names is in the model's order, the {len(groups)} groups may be in another, and shapes do not tell "
-                "which weight is which: pass optimizer and model, or a list of names in the order of the groups"
+                f"{problem}, and shapes do not tell which weight is which: pass optimizer and model, or a list of "
+                "names in the order of the groups"
             )
         name_of |= zip(group, names, strict=True)
     return name_of

@@ -39,6 +39,8 @@ def from_tensorflow1(
         >>> from_tensorflow1(checkpoint).trace
         {'w': Array([0., 0.], dtype=float32)}
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name={name!r}: allowed is the optimizer's name. TensorFlow's default is 'RMSProp'")
     matches = {key: re.fullmatch(rf"(.+)/{re.escape(name)}(|_\d+)(?::0)?", key) for key in mapping(checkpoint)}
     found = {key: match for key, match in matches.items() if match}
     if not found:
