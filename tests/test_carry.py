@@ -220,9 +220,9 @@ def test_groups_of_one_byte_become_one_state():
     """What only one group has is zero in the others, not the number of code 0."""
     lean = {"state_dtype": jnp.uint8}
     tx = optax.partition({"a": rmsprop(0.1, momentum=0.9, **lean), "b": rmsprop(0.1, centered=True, **lean)}, LABELS)
-    arrays = dict(interop.to_keras(trained(tx), lambda tree: {"head": tree["head"], "bias": tree["body"]["bias"]}))
+    arrays = dict(interop.to_keras(trained(tx), lambda tree: {"head": tree["head"], **tree["body"]}))
     assert set(arrays) == {"iteration"} | {
-        f"{n}_{s}" for n in ("head", "bias") for s in ("velocity", "momentum", "average_gradient")
+        f"{n}_{s}" for n in ("head", "kernel", "bias") for s in ("velocity", "momentum", "average_gradient")
     }
     assert (arrays["head_momentum"] == 0).all()
     assert (arrays["bias_average_gradient"] == 0).all()
