@@ -197,7 +197,9 @@ def test_transposed_shapes():
     ):
         carry_over(state, tx.init(params))
     # Without it the first update tells.
-    with pytest.raises(ValueError, match=r"gradient\['fc'\]\['kernel'\] has shape \(8, 3\), but its nu has \(3, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"gradient\['fc'\]\['kernel'\] has shape \(8, 3\), but its state\.nu has \(3, 8\)"
+    ):
         tx.update(params, state)
 
 
