@@ -185,7 +185,10 @@ def _run(
 
 def _one_by_one(tx: Any, params: Any, state: Any, n: int) -> tuple[Callable[..., Any], Any]:
     """The update of a stack of one layer, and which leaves of the state are stacks. All layers share the others."""
-    update = optax.with_extra_args_support(tx).update
+    of_tx = optax.with_extra_args_support(tx).update
+
+    def update(grads: Any, state: Any, params: Any, i: Any) -> Any:
+        return of_tx(grads, state, params, layer=i)
 
     def of_size(n: int) -> Any:
         return jax.eval_shape(tx.init, jax.tree.map(lambda p: jax.ShapeDtypeStruct((n, *p.shape[1:]), p.dtype), params))
@@ -202,14 +205,10 @@ def _one_by_one(tx: Any, params: Any, state: Any, n: int) -> tuple[Callable[...,
                     f"state{keystr(path)} looks like a random key, which all layers would share: "
                     "draw random numbers in loss or layer, or do not use value_and_update"
                 )
-        return lambda grads, state, params, i: update(grads, state, params, layer=i), stacked
+        return update, stacked
     if _differences(state, jax.eval_shape(jax.vmap(tx.init), params)):
         raise ValueError(f"state belongs to other parameters or another tx: {different}. Make it with tx.init(params)")
-
-    def vmapped(grads: Any, state: Any, params: Any, i: Any) -> Any:
-        return jax.vmap(lambda *of_layer: update(*of_layer, layer=i))(grads, state, params)
-
-    return vmapped, jax.tree.map(lambda _: True, state)
+    return jax.vmap(update, in_axes=(0, 0, 0, None)), jax.tree.map(lambda _: True, state)
 
 
 _OWN_STATES = "Use jax.vmap(tx.init)(params) as the state: then each layer has its own"
