@@ -1,5 +1,6 @@
 """The optimizer's step inside the backward pass of stacked layers."""
 
+import functools
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -35,15 +36,17 @@ def value_and_update(
     Parameters and state end with the same bits as with :func:`jax.value_and_grad` of a :func:`jax.lax.scan` over
     `jax.checkpoint(layer)`, `tx.update` and :func:`optax.apply_updates`. The state is the ordinary one, so a run can
     change to this step, and back, at any time. Only in float32 may the last bit differ, where two products are added,
-    as in momentum, centering, a decay and Adam: XLA rounds one of the two or none, and not the same in each program.
+    as in momentum, centering, a decay and Adam, and in plain RMSProp if its hyperparameters are injected: XLA rounds
+    one of the two or none, and not the same in each program. Where a gradient differs in its last bit, so may its
+    random bits, and then codes in a state of one byte differ by one.
 
     Each layer is updated before the gradients of earlier ones exist, so `tx` cannot see them together: a clip by the
     global norm is an error. A model must have stacked layers, and a stack can be used once in a step.
 
     Args:
         loss: `loss(outer, layers, *args)`, the ordinary loss. It calls `x, outs = layers(x, each, *shared)` once,
-            where the :func:`jax.lax.scan` over the layers was, and outside of jit, scan, vmap and checkpoint. `loss` is
-            traced twice, the first time up to this call.
+            where the :func:`jax.lax.scan` over the layers was, and outside of jit, scan, vmap, grad and checkpoint.
+            `loss` is traced twice, the first time up to this call.
         layer: `layer(params, x, each, *shared) -> (x, out)`, with the parameters of one layer. The new `x` has the
             shapes and dtypes of the old one. `each` is this layer's entry of a tree of stacks, such as keys for
             dropout, or `()`; all layers get the same `shared`, such as a mask or an encoder's output. `out` may be
@@ -102,6 +105,7 @@ def value_and_update(
             _check_arrays(name, tree)
 
         def inputs(outer: Any, here: jax.Array) -> Any:
+            @jax.tree_util.Partial  # jax.jit(loss) takes it, and gets the right error
             def layers(x: Any, each: Any = (), *shared: Any) -> Any:
                 _check_level(here, (x, each, *shared))
                 raise _Reached((x, each, *shared))
@@ -211,7 +215,7 @@ def _one_by_one(tx: Any, params: Any, state: Any, n: int) -> tuple[Callable[...,
     return jax.vmap(update, in_axes=(0, 0, 0, None)), jax.tree.map(lambda _: True, state)
 
 
-_OWN_STATES = "Use jax.vmap(tx.init)(params) as the state: then each layer has its own"
+_OWN_STATES = "Use jax.vmap(tx.init)(params) as the state: then each layer has its own (but leave out optax.flatten)"
 
 
 def _take(tree: Any, i: Any) -> Any:
@@ -265,12 +269,27 @@ def _check_arrays(name: str, tree: Any) -> None:
 
 
 def _check_level(here: jax.Array, given: Any) -> None:
-    """Raises an error inside a transformation of JAX: what is computed there has a tracer of another type."""
-    met = [jnp.where(jnp.all(x == x), here, here) for x in jax.tree.leaves(given)]
-    if any(type(x) is not type(here) for x in met):
+    """Raises an error inside a transformation of JAX.
+
+    There the two meet in a tracer of another type, or are differentiated by a trace to which `here` is a constant.
+    """
+    known = []
+
+    @jax.custom_jvp
+    def meet(here: Any, leaves: list[Any]) -> Any:
+        return here
+
+    @meet.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        known.append(primals[0] is not here)
+        result, leaves = primals
+        return functools.reduce(lambda y, x: jnp.where(jnp.all(x == x), y, y), leaves, result), tangents[0]
+
+    met = meet(here, jax.tree.leaves(given))
+    if type(met) is not type(here) or not (known and known[0]):
         raise ValueError(
-            "loss calls layers inside jit, scan, checkpoint, vmap or another transformation: call it outside of these, "
-            "with the whole batch. value_and_update compiles and checkpoints each layer itself"
+            "loss calls layers inside jit, scan, checkpoint, vmap, grad or another transformation: call it outside of "
+            "these, with the whole batch. value_and_update compiles and checkpoints each layer itself"
         )
 
 
@@ -286,6 +305,8 @@ def _number_of_layers(params: Any, each: Any) -> int:
                 f"{name} has shape {shape}, and {other} has {found}: the first axis must be that of the layers, with "
                 "one length in all. Stack the layers, as jax.vmap of their init does"
             )
+    if shape[0] == 0:
+        raise ValueError(f"{name} has shape {shape}: without layers, use jax.value_and_grad and tx.update")
     return shape[0]
 
 
@@ -338,8 +359,8 @@ def _check_update(update: Callable[..., Any], stacked: Any, params: Any, state: 
         if any(jax.tree.leaves(updates[:j] + updates[j + 1 :])):
             raise ValueError(
                 f"tx uses the gradient of params{keystr(path)} to change other arrays, as a clip by the global norm "
-                "does. Layers are updated one by one, before the gradients of earlier ones exist: clip each "
-                "array (optax.clip_by_block_rms) or each number (optax.clip)"
+                "and optax.flatten do. Layers are updated one by one, before the gradients of earlier ones exist: clip "
+                "each array (optax.clip_by_block_rms) or each number (optax.clip), and leave out optax.flatten"
             )
         if any(jax.tree.leaves(jax.tree.map(lambda k, depends: depends and not k, stacked, new))):
             raise ValueError(

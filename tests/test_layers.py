@@ -336,6 +336,14 @@ COUPLED = {
 }
 
 
+def test_optax_flatten_is_refused_with_every_kind_of_state():
+    outer, params = parameters()
+    tx = optax.flatten(rmsprop(1e-2))
+    for init in (tx.init, jax.vmap(tx.init)):
+        with pytest.raises(ValueError, match="leave out optax.flatten"):
+            once(outer, params, init(params), tx)
+
+
 @pytest.mark.parametrize("tx", COUPLED.values(), ids=COUPLED)
 def test_coupled_arrays_are_refused(tx):
     outer, params = parameters()
@@ -401,6 +409,11 @@ CALLS = {
         lambda call, outer, x: jax.vmap(lambda row: call(outer, row[None]))(x).sum(),
         "with the whole batch",
     ),
+    "in grad": (lambda call, outer, x: jax.grad(call)(outer, x)["gate"].sum(), "vmap, grad or"),
+    "in jvp": (lambda call, outer, x: jax.jvp(lambda x: call(outer, x), (x,), (x,))[1], "vmap, grad or"),
+    "in linearize": (lambda call, outer, x: jax.linearize(lambda x: call(outer, x), x)[0], "vmap, grad or"),
+    "in hessian": (lambda call, outer, x: jax.hessian(call, 1)(outer, x).sum(), "vmap, grad or"),
+    "in grad in jit": (lambda call, outer, x: jax.jit(jax.grad(call))(outer, x)["gate"].sum(), "vmap, grad or"),
 }
 
 
@@ -417,6 +430,22 @@ def test_layers_is_called_once_and_outside_of_transformations(name):
     for step in (eager, jax.jit(eager)):
         with pytest.raises(ValueError, match=message):
             step(outer, params, state, *small_batch(0))
+
+
+def test_a_compiled_loss_is_refused_and_layers_may_stand_beside_a_derivative():
+    outer, params = parameters()
+    state = optax.sgd(0.1).init(params)
+    with pytest.raises(ValueError, match="inside jit, scan"):
+        value_and_update(jax.jit(small_loss), small_layer, optax.sgd(0.1))(outer, params, state, *small_batch(0))
+
+    def beside(outer, layers, x):
+        return jax.grad(lambda factor: factor * small_loss(outer, layers, x))(1.0)
+
+    found, expected = (
+        value_and_update(loss, small_layer, optax.sgd(0.1))(outer, params, state, *small_batch(0))
+        for loss in (beside, small_loss)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
 def test_what_layer_closes_over_gets_no_gradient_and_is_refused():
@@ -446,6 +475,7 @@ WRONG = {
         ValueError,
         r"params\['kernel'\] has \(3, 8, 8\)",
     ),
+    "no layers": ({"params": {"kernel": jnp.zeros((0, 8, 8))}}, ValueError, r"\['kernel'\] has shape \(0, 8, 8\)"),
     "no arrays": ({"params": {}}, ValueError, "params has no arrays"),
     "functions": ({"params": {"f": jnp.tanh}}, TypeError, r"params\['f'\] has type .*eqx.partition"),
     "a module with functions": (
