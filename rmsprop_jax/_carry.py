@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
-from jax.tree_util import keystr
+from jax.tree_util import GetAttrKey, keystr
 
 from . import _checks, _placement, _states, _storage
 from ._rmsprop import RMSPropState
@@ -86,7 +86,7 @@ def carry_over(state: Any, into: Any, *, allow_new: bool = False) -> Any:
     if problems:
         raise ValueError(f"state and `into` do not fit: {listed(problems, '; ')}")
     # One number for all groups, and for all states that were vmapped: it only chooses random bits.
-    number = functools.reduce(jnp.maximum, [jnp.max(x, initial=0) for x in _counts(old)])
+    number = functools.reduce(jnp.maximum, [jnp.max(x, initial=0) for x in _counts(old).values()])
     return _states.replace(into, {path: _moved(move, number) for path, move in moves.items()})
 
 
@@ -98,10 +98,10 @@ def bare(state: Any, reason: str) -> tuple[Any, Any]:
     contents = _states.contents_of(state)
     if lost := [*_lost(contents, Contents({}, {}, {}, set()), reason)]:
         raise ValueError(listed(lost, "; "))
-    count, *others = _counts(contents)
-    if others:
-        raise ValueError(f"the groups have different counts: {listed([count, *others])}. {_ONE_COUNT}")
-    return count, contents.accumulators_in_one_tree()
+    counts = _counts(contents)
+    if len(counts) > 1:
+        raise ValueError(f"the groups have different counts: {_differing(counts)}")
+    return next(iter(counts.values())), contents.accumulators_in_one_tree()
 
 
 # --- Collect ----------------------------------------------------------------------------------------------
@@ -110,25 +110,22 @@ def bare(state: Any, reason: str) -> tuple[Any, Any]:
 class Move(NamedTuple):
     """What becomes of one array of `into`."""
 
-    sources: list[Any]  # the values it can get. None: it stays as it is. Several: they differ
+    sources: Mapping[Path, Any]  # the values it can get, by paths. None: it stays as it is. Several: they differ
     array: Any
     slot: str = ""  # if it is an accumulator
 
 
-def _counts(old: Contents, names: Collection[Name] = ()) -> list[Any]:
+def _counts(old: Contents, names: Collection[Name] = ()) -> Mapping[Path, Any]:
     """The count of the groups that have these parameters, or of all groups. Several if they differ; 0 without one."""
-    groups = [at for at, node in old.states.items() if {*names}.intersection(_names(node))] or old.states
-    return _distinct([x for at in groups for x in old.counts(at)]) or [jnp.zeros((), jnp.int32)]
+    groups = [at for at, node in old.states.items() if {*names}.intersection(_states.names_of(node))] or old.states
+    found = {path: x for at in groups for path, x in old.counts(at).items()}
+    return _distinct(found) or {(): jnp.zeros((), jnp.int32)}
 
 
-def _names(node: Any) -> list[Name]:
-    """The parameters that have accumulators in a state of RMSProp."""
-    return [name for name, x in _states.arrays_of(_states.nu_of(node)).items() if not _states.is_masked(x)]
-
-
-def _distinct(values: list[Any]) -> list[Any]:
+def _distinct(values: Mapping[Path, Any]) -> Mapping[Path, Any]:
     """One of them if all are equal."""
-    return values[:1] if all(_equal(x, values[0]) for x in values) else values
+    first = dict(list(values.items())[:1])
+    return first if all(_equal(x, y) for x in values.values() for y in first.values()) else values
 
 
 def _moves_of_accumulators(found: Mapping[Name, Accumulators], old: Contents, new: Contents) -> dict[Path, Move]:
@@ -136,13 +133,13 @@ def _moves_of_accumulators(found: Mapping[Name, Accumulators], old: Contents, ne
     for at, node in new.states.items():
         for path, slot, name, x in _states.slots_of(node):
             if slot == "count":
-                moves[at + path] = Move(_counts(old, _names(node)), x)
+                moves[at + path] = Move(_counts(old, _states.names_of(node)), x)
             elif not _states.is_masked(x):
-                moves[at + path] = Move(_sources(found[name], slot, node, x) if name in found else [], x, slot)
+                moves[at + path] = Move(_sources(found[name], slot, node, x) if name in found else {}, x, slot)
     return moves
 
 
-def _sources(found: Accumulators, slot: str, node: Any, x: Any) -> list[Any]:
+def _sources(found: Accumulators, slot: str, node: Any, x: Any) -> dict[Path, Any]:
     """The value for one slot of a state, as it keeps it."""
     value, ours = getattr(found, slot), isinstance(node, RMSPropState)
     if slot == "nu" and found.mu is not None and not (ours and node.mu is not None):
@@ -150,8 +147,8 @@ def _sources(found: Accumulators, slot: str, node: Any, x: Any) -> list[Any]:
     if slot == "trace" and value is not None and not ours:
         value = -_storage.decode(value)
     if value is None:  # a slot that only `into` has
-        return [jnp.zeros(x.shape, x.dtype)] if isinstance(x, jax.ShapeDtypeStruct) else []
-    return [value]
+        return {(): jnp.zeros(x.shape, x.dtype)} if isinstance(x, jax.ShapeDtypeStruct) else {}
+    return {(): value}
 
 
 def _fitted(old: Contents, new: Contents) -> dict[Name, Accumulators]:
@@ -177,34 +174,43 @@ def _fitted(old: Contents, new: Contents) -> dict[Name, Accumulators]:
 
 
 def _moves_of_wrappers(old: Contents, new: Contents) -> dict[Path, Move]:
-    """A counter of updates that only `into` has gets the count. Of several wrappers of one kind, each gets its own."""
-    sources, places, moves = _by_key(old), _by_key(new), {}
-    for key, paths in places.items():
-        found = [] if key.is_injected else [old.arrays[path] for path in sources.get(key, [])]
-        if not found and key.counts_updates:
-            found = _counts(old)
-        each = [[x] for x in found] if len(found) == len(paths) else [_distinct(found)] * len(paths)
-        moves |= {path: Move(values, new.arrays[path]) for path, values in zip(paths, each, strict=True)}
+    """A counter of updates that only `into` has gets the count. An array goes to the wrapper of the same parameters."""
+    theirs, moves = _by_key(old), {}
+    for key, places in _by_key(new).items():
+        sources = {} if key.is_injected else theirs.get(key, {})
+        for path, names in places.items():
+            mine = [at for at, others in sources.items() if names & others] or sources
+            found = {at: old.arrays[at] for at in mine}
+            # Several wrappers of one kind around the same parameters are in the same order.
+            rivals = [other for other, others in places.items() if others == names]
+            if len(found) == len(rivals):
+                at = [*found][rivals.index(path)]
+                values = {at: found[at]}
+            else:
+                values = _distinct(found)
+            if not values and key.counts_updates:
+                values = _counts(old, names)
+            moves[path] = Move(values, new.arrays[path])
     return moves
 
 
-def _by_key(contents: Contents) -> dict[Key, list[Path]]:
-    found: dict[Key, list[Path]] = {}
+def _by_key(contents: Contents) -> dict[Key, dict[Path, frozenset[Name]]]:
+    """The arrays of wrappers, with the parameters of the nearest states of RMSProp."""
+    names_of = {at: _states.names_of(node) for at, node in contents.states.items()}
+    found: dict[Key, dict[Path, frozenset[Name]]] = {}
     for path, key in contents.keys.items():
-        found.setdefault(key, []).append(path)
+        names = frozenset(name for at in _states.nearest(path, names_of) for name in names_of[at])
+        found.setdefault(key, {})[path] = names
     return found
 
 
 # --- Compare ----------------------------------------------------------------------------------------------
 
 
-_ONE_COUNT = "Set one for all with optax.tree.set(state, count=...)"
-
-
 def _unknown(found: Mapping[Name, Accumulators], old: Contents, new: Contents, allow_new: bool) -> Iterator[str]:
     """Parameters that only one of the two has."""
     absent, left_out = old.masked(), new.masked()
-    places = set().union(*map(_names, new.states.values()))
+    places = set().union(*map(_states.names_of, new.states.values()))
     added = [name for name in places if name not in found and not _below(name, absent)]
     if added and not allow_new:
         yield f"state has nothing for {shown_names(added)}: pass allow_new=True to start them as `into` has them"
@@ -215,17 +221,17 @@ def _unknown(found: Mapping[Name, Accumulators], old: Contents, new: Contents, a
 def _misfits(moves: Mapping[Path, Move]) -> Iterator[str]:
     """Arrays of `into` that cannot get their values."""
     for path, (sources, x, slot) in moves.items():
-        where = keystr(path) or "it"
+        where: str = keystr(path) or "it"
+        source: Any = next(iter(sources.values()), None)
         if len(sources) > 1:
-            values = f": {listed(sources)}. {_ONE_COUNT}" if not any(map(np.ndim, sources)) else ""
-            yield f"state has {len(sources)} values for {where}, which differ{values}"
+            yield f"state has {len(sources)} values for {where}: {_differing(sources)}"
         elif not sources:
             if isinstance(x, jax.ShapeDtypeStruct):
                 yield f"`into` has only the shape of {where}, and state has no value for it: use into=tx.init(params)"
-        elif np.shape(sources[0]) != np.shape(x):
-            yield f"{where} has shape {np.shape(sources[0])} in state and {np.shape(x)} in `into`"
-        elif slot != "nu" and jnp.iscomplexobj(sources[0]) != jnp.iscomplexobj(x):  # Optax's ν is complex
-            yield f"{where} has dtype {sources[0].dtype} in state and {x.dtype} in `into`"
+        elif np.shape(source) != np.shape(x):
+            yield f"{where} has shape {np.shape(source)} in state and {np.shape(x)} in `into`"
+        elif slot != "nu" and jnp.iscomplexobj(source) != jnp.iscomplexobj(x):  # Optax's ν is complex
+            yield f"{where} has dtype {source.dtype} in state and {x.dtype} in `into`"
 
 
 def _lost(old: Contents, new: Contents, reason: str) -> Iterator[str]:
@@ -243,7 +249,10 @@ def _lost(old: Contents, new: Contents, reason: str) -> Iterator[str]:
             lost.append(keystr(path) + (", gradients of an unfinished update" if accumulates else ""))
     if lost:
         itself = listed(f"state{keystr(path)}" for path in old.states)
-        yield f"state also holds {listed(lost)}: {reason}. To drop it, pass RMSProp's own state, {itself}"
+        error = f"state also holds {listed(lost)}: {reason}. To drop it, pass RMSProp's own state, {itself}"
+        counters = [(at, path, x) for at in old.states for path, x in old.counts(at).items()]
+        outside = [x for at, path, x in counters if new.states and path[: len(at)] != at]
+        yield error + "".join(f", and set optax.tree.set(result, count={x})" for x in outside[:1])
 
 
 def _exchanged_buffers(found: Mapping[Name, Accumulators], new: Contents, moves: Mapping[Path, Move]) -> Iterator[str]:
@@ -272,7 +281,22 @@ def _is_average(key: Key, x: Any) -> bool:
 
 def _equal(x: Any, y: Any) -> bool:
     """Whether two values are equal, as far as they may be looked at."""
-    return isinstance(x, Tracer) or isinstance(y, Tracer) or np.array_equal(x, y)
+    if isinstance(x, Tracer) or isinstance(y, Tracer):
+        return True
+    x, y = (jax.random.key_data(z) if _is_random_key(z) else z for z in (x, y))
+    return np.array_equal(x, y)
+
+
+def _is_random_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _differing(values: Mapping[Path, Any]) -> str:
+    """Values of one thing that differ, and how to make them equal."""
+    shown = [f"state{keystr(path)}" + (f" is {x}" if np.ndim(x) == 0 else "") for path, x in values.items()]
+    fields = {path[-1].name: "..." for path in values if path and isinstance(path[-1], GetAttrKey)}
+    way_out = f". Set one for all with optax.tree.set(state, {listed(f'{k}={v}' for k, v in fields.items())})"
+    return f"{listed(shown)}, which differ" + way_out * bool(fields)
 
 
 def _below(name: Name, prefixes: Iterable[Name]) -> bool:
@@ -285,7 +309,7 @@ def _below(name: Name, prefixes: Iterable[Name]) -> bool:
 def _moved(move: Move, number: Any) -> Any:
     """The new array, in a buffer of its own, with the dtype and the sharding of the old one."""
     x = move.array
-    (value,) = move.sources or [x]
+    (value,) = move.sources.values() or [x]
     if not hasattr(x, "dtype"):
         return value
     if move.slot:

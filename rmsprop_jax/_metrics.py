@@ -257,7 +257,7 @@ def _finished(numbers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 def _count(contents: _states.Contents) -> Any:
     """The updates made, the most of all groups; NaN where nothing counts."""
-    counts = [_scalar("count", at, x) for at in contents.states for x in contents.counts(at)]
+    counts = [_scalar("count", path, x) for at in contents.states for path, x in contents.counts(at).items()]
     return functools.reduce(jnp.maximum, counts) if counts else jnp.nan
 
 

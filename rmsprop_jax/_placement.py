@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 
@@ -45,7 +45,10 @@ def zero_count(params: Any) -> jax.Array:
 
 def place_like(value: jax.Array, like: Any) -> jax.Array:
     """A copy of `value` with the sharding of `like`, if `like` was placed explicitly."""
-    sharding, value = _sharding(like), jnp.array(value, copy=True)
+    value = jnp.array(value, copy=True)
+    sharding, own = _sharding(like), _sharding(value)
+    if isinstance(getattr(sharding, "mesh", None), AbstractMesh):  # of jax.eval_shape on an Explicit mesh
+        sharding = NamedSharding(own.mesh, sharding.spec) if isinstance(own, NamedSharding) else None
     if isinstance(value, Tracer) or sharding is None or not getattr(like, "committed", True):
         return value
     # Of a copy: even with may_alias=False, device_put of an array on one device to a mesh shares the buffer there

@@ -11,7 +11,7 @@ from jax.tree_util import keystr
 from . import _bits, _checks, _equality, _placement, _pytree, _states, _storage, _trees
 from ._rmsprop import RMSPropState
 from ._states import Name
-from ._text import listed
+from ._text import listed, repeated
 
 
 __all__ = ["RoundParamsState", "params_in_bfloat16", "params_in_float32", "round_params_stochastically"]
@@ -285,9 +285,15 @@ def _remainders(params: Any, state: Any) -> dict[Name, jax.Array]:
     if dicts := _states.find(state, lambda x: isinstance(x, Mapping) and x.keys() == set(RoundParamsState._fields)):
         at = f"state{keystr(next(iter(dicts)))}"
         raise TypeError(f"{at} was restored as a dict: put RoundParamsState(**{at}) there")
-    nodes = _states.find(state, _is_rounding).values()
-    found = [item for node in nodes for item in _states.arrays_of(node.rest).items()]
-    remainders = {name: rest for name, rest in found if not _states.is_masked(rest)}
+    nodes = _states.find(state, _is_rounding).items()
+    found = [(path, name, x) for path, node in nodes for name, x in _states.arrays_of(node.rest).items()]
+    found = [(path, name, rest) for path, name, rest in found if not _states.is_masked(rest)]
+    if twice := repeated(name for _, name, _ in found):
+        places = [f"state{keystr(path)}" for path, name, _ in found if name == twice[0]]
+        raise ValueError(
+            f"remainders for params{_states.shown(twice[0])} in {listed(places)}: pass one of these states"
+        )
+    remainders = {name: rest for _, name, rest in found}
     arrays = _states.arrays_of(params).items()
     shapes = {_unboxed(name, remainders): getattr(p, "shape", None) for name, p in arrays}
     if wrong := [f"params{_states.shown(name)}" for name, rest in remainders.items() if shapes.get(name) != rest.shape]:

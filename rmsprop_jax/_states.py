@@ -4,12 +4,14 @@ Accumulators come out in our terms, whichever RMSProp made them: ν is a varianc
 buffer is that of p ← p - b. A parameter has the same name with and without the box in which Flax keeps an array.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import DictKey, GetAttrKey, keystr, SequenceKey, tree_flatten_with_path, tree_map_with_path
@@ -32,6 +34,8 @@ __all__ = [
     "is_optax_chain",
     "map_arrays",
     "name_of",
+    "names_of",
+    "nearest",
     "nu_of",
     "replace",
     "second_moment",
@@ -115,18 +119,24 @@ class Contents(NamedTuple):
         """A tree like the parameters with the accumulators of each, or a mask where no state has them."""
         found = self.accumulators()
         whole = functools.reduce(_merged, map(nu_of, self.states.values()))
-        return tree_map_with_path(lambda path, x: x if is_masked(x) else found[name_of(path)], whole, is_leaf=_is_leaf)
+        return tree_map_with_path(
+            lambda path, x: x if is_masked(x) else found.get(name_of(path)), whole, is_leaf=_is_leaf
+        )
 
     def masked(self) -> set[Name]:
         """Parameters, or subtrees of them, that the states of RMSProp leave to others."""
         return {name for node in self.states.values() for name, x in arrays_of(nu_of(node)).items() if is_masked(x)}
 
-    def counts(self, at: Path) -> list[Any]:
-        """Updates that a state of RMSProp has made: its own count or, if it has none, those of the nearest wrappers."""
-        if own := [x for _, slot, _, x in slots_of(self.states[at]) if slot == "count"]:
-            return own[:1]
-        depths = {path: shared_keys(path, at) for path, key in self.keys.items() if key.counts_updates}
-        return [self.arrays[path] for path, depth in depths.items() if depth == max(depths.values())]
+    def counts(self, at: Path) -> dict[Path, Any]:
+        """Updates that a state of RMSProp has made: its own count or, if it has none, those of its nearest wrappers."""
+        if own := [(at + path, x) for path, slot, _, x in slots_of(self.states[at]) if slot == "count"]:
+            return dict(own[:1])
+        depths = {
+            path: shared_keys(path, at)
+            for path, key in self.keys.items()
+            if key.counts_updates and "beside" not in key.side and at in nearest(path, self.states)
+        }
+        return {path: self.arrays[path] for path, depth in depths.items() if depth == max(depths.values())}
 
     def learning_rates(self) -> dict[Path, Any]:
         """The injected learning rates."""
@@ -141,14 +151,15 @@ def contents_of(state: Any, argument: str = "state", whole: bool = True) -> Cont
     """
     state = _without_dict_boxes(state)
     is_node = functools.partial(_is_rmsprop, whole=whole)
-    found, records = _walk(state, is_node)
+    found, records, chains = _walk(state, is_node)
     states = {path: x for path, x in found.items() if is_node(x)}
     arrays = {path: _unboxed(x) for path, x in found.items() if path not in states}
     # A record among the parameters, such as a module, is no wrapper, also where an average of them is kept.
     of_params = {kind for x in states.values() for kind in _walk(nu_of(x), is_masked)[1].values()}
     wrappers = {path: kind for path, kind in records.items() if kind not in of_params}
-    keys = {path: _key(path, wrappers, states) for path in arrays}
-    contents = Contents(states, arrays, keys, {(x, _key(path, wrappers, states).side) for path, x in wrappers.items()})
+    sides = {path: _side(path, states, chains) for path in (*arrays, *wrappers)}
+    keys = {path: _key(path, wrappers, states, sides[path]) for path in arrays}
+    contents = Contents(states, arrays, keys, {(kind, sides[path]) for path, kind in wrappers.items()})
     if not states:
         raise ValueError(_without_rmsprop(state, argument, contents))
     return contents
@@ -159,10 +170,11 @@ def _without_rmsprop(state: Any, argument: str, contents: Contents) -> str:
     error = (
         f"no state of RMSProp in {argument}, which is a {type(state).__name__}: it holds {listed(kinds) or 'nothing'}"
     )
-    for path in contents.arrays:
-        if DictKey("nu") in path:
-            where = f"{argument}{keystr(path[: path.index(DictKey('nu'))])}"
-            return f"{error}. If {where} is RMSProp's, restored as a dict, put RMSPropState(**{where}) there"
+    for path in find(state, lambda x: isinstance(x, Mapping) and x.keys() == set(RMSPropState._fields)):
+        where = f"{argument}{keystr(path)}"
+        return f"{error}. If {where} is RMSProp's, restored as a dict, put RMSPropState(**{where}) there"
+    if any(DictKey("nu") in path for path in contents.arrays):
+        return f"{error}. If it was restored as dicts, restore it with a target such as tx.init(params)"
     return error
 
 
@@ -204,12 +216,23 @@ def _is_triple(x: Any, first: tuple[type, ...], last: tuple[type, ...]) -> bool:
     return type(x) is tuple and len(x) == 3 and all(map(isinstance, x, parts))
 
 
-def _accumulators(node: Any) -> dict[Name, Accumulators]:
+def names_of(node: Any) -> list[Name]:
+    """The parameters that have accumulators in a state of RMSProp."""
+    return [*_slots_by_name(node)]
+
+
+def _slots_by_name(node: Any) -> dict[Name, dict[str, Any]]:
     found: dict[Name, dict[str, Any]] = {}
     for _, slot, name, x in slots_of(node):
-        if slot in Accumulators._fields and not is_masked(x):
+        # Optax has accumulators of integers as well, which do not train.
+        trains = not is_masked(x) and (isinstance(node, RMSPropState) or jnp.issubdtype(x.dtype, jnp.inexact))
+        if slot in Accumulators._fields and trains:
             found.setdefault(name, {})[slot] = x
-    return {name: _in_our_terms(node, **slots) for name, slots in found.items()}
+    return found
+
+
+def _accumulators(node: Any) -> dict[Name, Accumulators]:
+    return {name: _in_our_terms(node, **slots) for name, slots in _slots_by_name(node).items()}
 
 
 def _in_our_terms(node: Any, nu: Any, mu: Any = None, trace: Any = None) -> Accumulators:
@@ -270,8 +293,8 @@ def map_arrays(function: Callable[[Name, Any], Any], tree: Any) -> Any:
 
 
 def is_masked(x: Any) -> bool:
-    """Whether another group, or nobody, has the parameters of this subtree."""
-    return isinstance(x, optax.MaskedNode)
+    """Whether another group, or nobody, has the parameters of this subtree. A box may be around the mask."""
+    return isinstance(_unboxed(x), optax.MaskedNode)
 
 
 def _merged(tree: Any, other: Any) -> Any:
@@ -291,21 +314,27 @@ def _is_leaf(x: Any) -> bool:
 
 
 def _is_box(x: Any) -> bool:
-    """Whether Flax keeps one array in this: a variable of NNX, or a partitioned array of Linen."""
+    """Whether Flax keeps one array, or its mask, in this: a variable of NNX, or a partitioned array of Linen."""
     if isinstance(x, (tuple, list, dict, jax.Array, np.ndarray)):
         return False
     children, _ = tree_flatten_with_path(x, is_leaf=lambda child: child is not x)
-    return [path for path, _ in children] == [(GetAttrKey("value"),)] and jax.tree_util.all_leaves([children[0][1]])
+    if [path for path, _ in children] != [(GetAttrKey("value"),)]:
+        return False
+    ((_, child),) = children
+    return isinstance(child, optax.MaskedNode) or jax.tree_util.all_leaves([child])
 
 
 def _unboxed(x: Any) -> Any:
-    return jax.tree.leaves(x)[0] if _is_box(x) else x
+    return jax.tree.leaves(x, is_leaf=lambda child: child is not x)[0] if _is_box(x) else x
 
 
 def _without_dict_boxes(state: Any) -> Any:
     """The state without {"value": array} around each array, as Orbax restores NNX's boxes without a target."""
-    if any(path[-1:] != (DictKey("value"),) for path, _ in tree_flatten_with_path(state)[0]):
-        return state  # a "value" is a parameter that somebody calls so
+    leaves, _ = tree_flatten_with_path(state)
+    in_boxes = all(path[-1:] == (DictKey("value"),) for path, _ in leaves)
+    # Without a counter in a box, a "value" is a parameter that somebody calls so.
+    if not (in_boxes and any(isinstance(path[-2], GetAttrKey) and _is_counter(x) for path, x in leaves if path[1:])):
+        return state
     is_box = lambda x: isinstance(x, Mapping) and x.keys() == {"value"} and jax.tree_util.all_leaves(x.values())  # noqa: E731
     return jax.tree.map(lambda x: x["value"] if is_box(x) else x, state, is_leaf=is_box)
 
@@ -313,18 +342,23 @@ def _without_dict_boxes(state: Any) -> Any:
 # --- Wrappers ---------------------------------------------------------------------------------------------
 
 
-def _walk(tree: Any, is_node: Callable[[Any], bool]) -> tuple[dict[Path, Any], dict[Path, type]]:
-    """The nodes and other arrays of a tree by their paths, and the kinds of the records on the way to them."""
+def _walk(tree: Any, is_node: Callable[[Any], bool]) -> tuple[dict[Path, Any], dict[Path, type], dict[Path, list[Any]]]:
+    """The nodes and other arrays of a tree, the kinds of the records on the way to them, and the keys of chains."""
     records: dict[Path, type] = {}
+    chains: dict[Path, list[Any]] = {}
 
     def is_leaf(path: Path, x: Any) -> bool:
         if is_node(x) or _is_box(x):
             return True
         if _is_record(x):
             records[path] = type(x)
+        elif isinstance(x, (tuple, list)):
+            chains[path] = [*map(SequenceKey, range(len(x)))]
+        elif isinstance(x, collections.OrderedDict):  # of optax.named_chain
+            chains[path] = [*map(DictKey, x)]
         return False
 
-    return dict(tree_flatten_with_path(tree, is_leaf=is_leaf, is_leaf_takes_path=True)[0]), records
+    return dict(tree_flatten_with_path(tree, is_leaf=is_leaf, is_leaf_takes_path=True)[0]), records, chains
 
 
 def _is_record(x: Any) -> bool:
@@ -333,24 +367,33 @@ def _is_record(x: Any) -> bool:
     return (named or dataclasses.is_dataclass(x)) and not _is_box(x)
 
 
-def _key(path: Path, records: Mapping[Path, type], states: Iterable[Path]) -> Key:
-    """The innermost record around something, and the side on which it lies of the nearest states of RMSProp."""
-    shared = {state: shared_keys(path, state) for state in states}
-    nearest = max(shared.values(), default=0)
-    side = frozenset(_direction(path[n : n + 1], state[n:]) for state, n in shared.items() if n == nearest)
-    # A record further out than where the two paths part is around both, in one field.
-    around = [n for n in range(nearest, len(path)) if path[:n] in records]
+def _key(path: Path, records: Mapping[Path, type], states: Iterable[Path], side: frozenset[str]) -> Key:
+    """The innermost record around an array that is not around RMSProp's state as well, and the array's side."""
+    shared = max((shared_keys(path, at) for at in states), default=0)
+    around = [n for n in range(shared, len(path)) if path[:n] in records]
     if not around:  # as in a chain of plain dicts
-        return Key(None, "", name_of(path[nearest + 1 :]), side)
+        return Key(None, "", name_of(path[shared + 1 :]), side)
     depth = around[-1]
     return Key(records[path[:depth]], path[depth].name, name_of(path[depth + 1 :]), side)
 
 
-def _direction(mine: Path, theirs: Path) -> str:
-    """On which side of `theirs` a path continues after what the two share."""
-    if mine and isinstance(mine[0], SequenceKey):
-        return "in front" if mine[0].idx < theirs[0].idx else "behind"
-    return "beside" if mine and not isinstance(mine[0], GetAttrKey) else "around"
+def nearest(path: Path, states: Iterable[Path]) -> list[Path]:
+    """The states of RMSProp with which a path shares the most keys."""
+    shared = {at: shared_keys(path, at) for at in states}
+    return [at for at, n in shared.items() if n == max(shared.values())]
+
+
+def _side(path: Path, states: Iterable[Path], chains: Mapping[Path, list[Any]]) -> frozenset[str]:
+    """On which side of the nearest states of RMSProp a path lies."""
+
+    def side(at: Path) -> str:
+        n = shared_keys(path, at)
+        if path[n:] and path[:n] in chains:
+            order = chains[path[:n]]
+            return "in front" if order.index(path[n]) < order.index(at[n]) else "behind"
+        return "beside" if path[n:] and not isinstance(path[n], GetAttrKey) else "around"
+
+    return frozenset(map(side, nearest(path, states)))
 
 
 def shared_keys(path: Path, other: Path) -> int:
@@ -361,7 +404,14 @@ def shared_keys(path: Path, other: Path) -> int:
 @functools.cache
 def _update_counters() -> frozenset[tuple[type, str]]:
     """The fields of Optax's wrappers that count updates. It does not export all of their types."""
-    injected: Any = optax.inject_hyperparams(optax.sgd)(optax.constant_schedule(0.1)).init(())
-    schedule = type(injected.hyperparams_states["learning_rate"])
-    counts = [(kind, "count") for kind in (*_INJECTIONS, schedule, optax.ScaleByScheduleState)]
-    return frozenset([*counts, (optax.MultiStepsState, "gradient_step")])
+    schedule = optax.constant_schedule(0.1)
+    injected: Any = optax.inject_hyperparams(optax.sgd)(schedule).init(())
+    decay = optax.add_decayed_weights(schedule).init(())
+    kinds = type(injected.hyperparams_states["learning_rate"]), type(decay), optax.ScaleByScheduleState
+    counts = [(kind, "count") for kind in (*_INJECTIONS, *kinds, optax.AddNoiseState)]
+    steps = [(kind, "step") for kind in (optax.ConditionallyTransformState, optax.ConditionallyMaskState)]
+    return frozenset([*counts, *steps, (optax.MultiStepsState, "gradient_step")])
+
+
+def _is_counter(x: Any) -> bool:
+    return np.shape(x) == () and jnp.issubdtype(x.dtype, jnp.integer)
