@@ -100,7 +100,7 @@ def bare(state: Any, reason: str) -> tuple[Any, Any]:
         raise ValueError(listed(lost, "; "))
     counts = _counts(contents)
     if len(counts) > 1:
-        raise ValueError(f"the groups have different counts: {_differing(counts)}")
+        raise ValueError(f"the groups have different counts: {_listed(counts)}")
     return next(iter(counts.values())), contents.accumulators_in_one_tree()
 
 
@@ -224,7 +224,7 @@ def _misfits(moves: Mapping[Path, Move]) -> Iterator[str]:
         where: str = keystr(path) or "it"
         source: Any = next(iter(sources.values()), None)
         if len(sources) > 1:
-            yield f"state has {len(sources)} values for {where}: {_differing(sources)}"
+            yield f"state has {len(sources)} values for {where}, which differ: {_listed(sources)}"
         elif not sources:
             if isinstance(x, jax.ShapeDtypeStruct):
                 yield f"`into` has only the shape of {where}, and state has no value for it: use into=tx.init(params)"
@@ -291,12 +291,12 @@ def _is_random_key(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _differing(values: Mapping[Path, Any]) -> str:
-    """Values of one thing that differ, and how to make them equal."""
-    shown = [f"state{keystr(path)}" + (f" is {x}" if np.ndim(x) == 0 else "") for path, x in values.items()]
+def _listed(values: Mapping[Path, Any]) -> str:
+    """Values of one thing with their paths, and how to make them equal."""
+    shown = [f"{x} in state{keystr(path)}" if np.ndim(x) == 0 else f"state{keystr(path)}" for path, x in values.items()]
     fields = {path[-1].name: "..." for path in values if path and isinstance(path[-1], GetAttrKey)}
-    way_out = f". Set one for all with optax.tree.set(state, {listed(f'{k}={v}' for k, v in fields.items())})"
-    return f"{listed(shown)}, which differ" + way_out * bool(fields)
+    way_out = ", ".join(f"{name}={value}" for name, value in fields.items())
+    return listed(shown) + f". Set one for all with optax.tree.set(state, {way_out})" * bool(fields)
 
 
 def _below(name: Name, prefixes: Iterable[Name]) -> bool:

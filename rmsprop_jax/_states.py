@@ -170,12 +170,18 @@ def _without_rmsprop(state: Any, argument: str, contents: Contents) -> str:
     error = (
         f"no state of RMSProp in {argument}, which is a {type(state).__name__}: it holds {listed(kinds) or 'nothing'}"
     )
-    for path in find(state, lambda x: isinstance(x, Mapping) and x.keys() == set(RMSPropState._fields)):
+    for path in find(state, _is_restored):
         where = f"{argument}{keystr(path)}"
         return f"{error}. If {where} is RMSProp's, restored as a dict, put RMSPropState(**{where}) there"
     if any(DictKey("nu") in path for path in contents.arrays):
         return f"{error}. If it was restored as dicts, restore it with a target such as tx.init(params)"
     return error
+
+
+def _is_restored(x: Any) -> bool:
+    """Whether a dict has the fields of our state. Without those that are None, it may be that of Adam."""
+    keys = set(x) if isinstance(x, Mapping) else set()
+    return {"count", "nu"} <= keys <= set(RMSPropState._fields) and keys != {"count", "nu", "mu"}
 
 
 # --- A state of RMSProp -----------------------------------------------------------------------------------

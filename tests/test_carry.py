@@ -703,7 +703,10 @@ def test_counts_that_are_equally_near_and_differ():
     tx = optax.chain(optax.scale_by_rms(), *(optax.scale_by_schedule(lambda count: 1.0) for _ in range(2)))
     state, into = tx.init(PARAMS), scale_by_rms().init(PARAMS)
     two = (state[0], state[1]._replace(count=jnp.int32(3)), state[2]._replace(count=jnp.int32(4)))
-    with pytest.raises(ValueError, match=r"state has 2 values for \.count, which differ: 3, 4\. Set one for all"):
+    with pytest.raises(
+        ValueError,
+        match=r"state has 2 values for \.count, which differ: 3 in state\[1\].count, 4 in state\[2\].count. Set one for all",
+    ):
         carry_over(two, into)
     assert carry_over(optax.tree.set(two, count=3), into).count == 3  # as the error says
 
@@ -718,10 +721,12 @@ def test_groups_that_have_counted_differently():
     tx = optax.partition({"a": rmsprop(0.1), "b": rmsprop(0.1)}, LABELS)
     state, into = trained(tx), rmsprop(0.1).init(PARAMS)
     differ = in_group_b(state, count=7)
-    with pytest.raises(ValueError, match=r"state has 2 values for \.count, which differ: 3, 7\. Set one for all"):
+    with pytest.raises(
+        ValueError, match=r"state has 2 values for \.count, which differ: 3 in state.*, 7 in state.*\. Set one for all"
+    ):
         carry_over(differ, into)
     assert carry_over(optax.tree.set(differ, count=7), into).count == 7  # as the error says
-    with pytest.raises(ValueError, match=r"the groups have different counts: 3, 7"):
+    with pytest.raises(ValueError, match=r"the groups have different counts: 3 in state.*, 7 in state"):
         interop.to_keras(differ, lambda tree: tree)
     # In the same groups each keeps its own, also with other wrappers and other options.
     groups = optax.apply_if_finite(
@@ -1198,3 +1203,133 @@ def test_three_bytes_of_version_0_2_are_resumed(keep_rest):
     assert state[0].count == state[1].step == 40
     np.testing.assert_array_equal(_storage.decode(state[0].nu["w"]), recorded["nu"])
     check_end(tx, kept["params"], state, recorded["ends"], 0.2)
+
+
+# --- Wrappers of groups, chains by name, boxes with masks -----------------------------------------------------
+
+
+def test_an_array_of_a_wrapper_goes_to_the_wrapper_of_the_same_parameters():
+    """Names of groups say nothing, and their order is that of their names."""
+
+    def groups(one, other):
+        twos, threes = (optax.chain(optax.ema(0.9), accumulating(rmsprop(0.1), k)) for k in (2, 3))
+        return optax.partition({one: twos, other: threes}, {"a": one, "b": other})
+
+    params = {"a": jnp.ones(2), "b": jnp.full(2, 3.0)}
+    state = trained(groups("decay", "none"), params, 5)
+    new = carry_over(state, groups("weights", "biases").init(params))
+    for one, other in {"decay": "weights", "none": "biases"}.items():
+        chex.assert_trees_all_equal(*(x.inner_states[y] for x, y in ((state, one), (new, other))))
+
+
+def test_two_players_keep_their_counts():
+    tx = optax.inject_hyperparams(rmsprop)(schedule)
+    states = [trained(tx, {f"w{steps}": jnp.ones(2)}, steps) for steps in (5, 25)]
+    fresh = [tx.init({f"w{steps}": jnp.ones(2)}) for steps in (5, 25)]
+    new = carry_over(tuple(states), {"disc": fresh[1], "gen": fresh[0]})
+    chex.assert_trees_all_equal(new["gen"].inner_state, states[0].inner_state)
+    assert [int(x) for x in (new["gen"].count, new["disc"].count, new["disc"].inner_state.count)] == [5, 25, 25]
+
+
+@pytest.mark.parametrize("other", [optax.inject_hyperparams(optax.adam)(0.1), accumulating(optax.adam(0.1), 4)])
+def test_another_optimizer_beside_does_not_count_for_rmsprop(other):
+    params = {"w": jnp.ones(2)}
+    state = {"d": trained(other, params, 9), "g": trained(optax.rmsprop(0.1), params)}
+    new = carry_over(state, {"d": other.init(params), "g": rmsprop(schedule).init(params)})
+    assert int(new["g"].count) == 0
+    chex.assert_trees_all_equal(new["d"], state["d"])
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        optax.add_decayed_weights(schedule),
+        optax.add_noise(0.1, 0.5, key=0),
+        optax.conditionally_transform(optax.scale(0.5), lambda step: step < 5),
+        optax.conditionally_mask(optax.scale(0.5), lambda step: step < 5),
+        optax.scale_by_schedule(schedule),
+    ],
+)
+def test_schedules_of_new_wrappers_continue_from_the_count(wrapper):
+    _, new = carried(rmsprop(0.1), optax.chain(wrapper, rmsprop(0.1)), steps=7)
+    (counter,) = [x for x in jax.tree.leaves(new[0]) if x.dtype == jnp.int32 and x.shape == ()]
+    assert int(counter) == 7
+
+
+@pytest.mark.parametrize(("old", "new"), [*itertools.product([rmsprop, optax.rmsprop], repeat=2)])
+@pytest.mark.parametrize("params", [{"value": jnp.ones(2)}, {"q": {"value": jnp.ones(2)}, "r": {"value": jnp.ones(3)}}])
+def test_a_parameter_may_be_called_value(old, new, params):
+    tx, other = old(0.1), new(0.1)
+    state = carry_over(trained(tx, params), other.init(params))
+    chex.assert_trees_all_equal_structs(state, other.init(params))
+    chex.assert_trees_all_close(
+        carry_over(state, tx.init(params))[0 if old is optax.rmsprop else 1],
+        trained(tx, params)[0 if old is optax.rmsprop else 1],
+    )
+
+
+def test_a_chain_by_name_has_an_order():
+    average, ours = ("average", optax.ema(0.9)), ("rms", rmsprop(0.1))
+    state = trained(optax.named_chain(average, ours))
+    same = optax.named_chain(("z", average[1]), ("a", ours[1]))
+    chex.assert_trees_all_equal(carry_over(state, same.init(PARAMS))["z"], state["average"])
+    chex.assert_trees_all_equal(carry_over(state, optax.chain(average[1], ours[1]).init(PARAMS))[0], state["average"])
+    with pytest.raises(ValueError, match=r"state also holds \['average'\].ema"):
+        carry_over(state, optax.named_chain(ours, average).init(PARAMS))
+
+
+def test_integers_in_the_state_of_optax_do_not_train():
+    params = {"w": jnp.ones(3), "i": jnp.arange(3)}
+    theirs, ours = optax.rmsprop(0.1).init(params), rmsprop(0.1).init(params)
+    chex.assert_trees_all_equal(carry_over(theirs, ours), ours)
+    chex.assert_trees_all_equal(carry_over(ours, theirs), theirs)
+    chex.assert_trees_all_equal(carry_over(theirs, theirs), theirs)
+    assert [*dict(interop.to_keras(theirs, lambda tree: {"w": tree["w"]}))] == ["iteration", "w_velocity"]
+
+
+def test_the_shapes_of_a_state_on_an_explicit_mesh():
+    mesh = mesh_of(AxisType.Explicit)
+    params = {"w": jax.device_put(np.ones(8, np.float32), NamedSharding(mesh, P("x")))}
+    tx = rmsprop(0.1, momentum=0.9)
+    with jax.set_mesh(mesh):
+        state = trained(tx, params)
+        new = carry_over(state, jax.eval_shape(tx.init, params))
+    chex.assert_trees_all_equal(new, state)
+    assert new.nu["w"].sharding == state.nu["w"].sharding
+
+
+@pytest.mark.parametrize("box", ["NNX", "Linen"])
+def test_masked_parameters_in_boxes(box):
+    if box == "NNX":
+        params = nnx.state(nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 3, rngs=nnx.Rngs(1))))
+    else:
+        params = jax.tree.map(lambda x: nn.Partitioned(x, names=(None,) * x.ndim), PARAMS)
+    chosen = jax.tree.map_with_path(lambda path, _: "bias" in jax.tree_util.keystr(path), params)
+    whole, part = rmsprop(0.1), optax.masked(rmsprop(0.1), chosen)
+    state = trained(whole, params, update=lambda *_: (None, _[1]._replace(count=jnp.int32(3))))
+    new = carry_over(state, part.init(params))
+    assert int(new.inner_state.count) == 3
+    back = carry_over(new, whole.init(params), allow_new=True)
+    chex.assert_trees_all_equal_structs(back, state)
+
+
+def test_a_way_out_that_leaves_a_wrapper_keeps_the_count():
+    state = trained(optax.chain(optax.ema(0.9), optax.inject_hyperparams(optax.rmsprop)(schedule)), steps=5)
+    into = rmsprop(schedule).init(PARAMS)
+    with pytest.raises(ValueError, match=r"pass .* state\[1\].inner_state, and set optax.tree.set\(result, count=5\)"):
+        carry_over(state, into)
+    assert int(optax.tree.set(carry_over(state[1].inner_state, into), count=5).count) == 5
+
+
+def test_random_keys_of_groups_are_compared():
+    tx = optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(0)), rmsprop(0.1))
+    groups = optax.partition({"a": tx, "b": tx}, LABELS)
+    assert carry_over(groups.init(PARAMS), tx.init(PARAMS))[0].rng_key == jax.random.key(0)
+
+
+def test_only_our_own_dict_is_taken_for_our_state():
+    ours, adam = (x._asdict() for x in (rmsprop(0.1).init(PARAMS), optax.scale_by_adam().init(PARAMS)))
+    with pytest.raises(ValueError, match=r"put RMSPropState\(\*\*state\['x'\]\) there"):
+        carry_over({"x": ours}, rmsprop(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match=r"restored as dicts, restore it with a target"):
+        carry_over({"x": adam}, rmsprop(0.1).init(PARAMS))

@@ -513,7 +513,7 @@ def test_in_vmap_and_not_of_a_vmapped_state():
     states = jax.vmap(lambda rate: tx(learning_rate=rate).init(PARAMS))(jnp.array([0.1, 0.2]))
     np.testing.assert_array_equal(jax.vmap(metrics)(states)["learning_rate"], np.float32([0.1, 0.2]))
     with pytest.raises(
-        ValueError, match=r"count in state.inner_state has shape \(2,\), as vmap makes it: call jax.vmap"
+        ValueError, match=r"count in state.inner_state.count has shape \(2,\), as vmap makes it: call jax.vmap"
     ):
         metrics(states)
 

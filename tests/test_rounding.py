@@ -388,6 +388,16 @@ def test_errors_name_the_way_out():
         FOUR.update(GRADS, FOUR.init(wide), PARAMS)
 
 
+def test_remainders_of_two_states_are_not_mixed():
+    params = {"w": jnp.ones(2, jnp.bfloat16)}
+    both = {"actor": FOUR.init(params), "critic": FOUR.init(params)}
+    for convert in (params_in_float32, params_in_bfloat16):
+        with pytest.raises(
+            ValueError, match=r"remainders for params\['w'\] in state\['actor'\], state\['critic'\]: pass one"
+        ):
+            convert(params, both)
+
+
 # --- The same everywhere ----------------------------------------------------------------------------------
 
 
