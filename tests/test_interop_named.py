@@ -33,6 +33,12 @@ def test_convert_must_use_every_accumulator_once():
     assert [float(x[0]) for x in tied.nu] == [1, 2, 1]
     joined = read(lambda x: jnp.asarray(np.stack([x["b"], x["a"]]), jnp.float32))
     np.testing.assert_array_equal(joined.nu, [[2, 2], [1, 1]])
+    in_order = checkpoint([group([0, 1])], {0: entry(2.0, square_avg=np.ones((2, 3))), 1: entry(1.0)})
+    matrix, vector = interop.from_pytorch(in_order, ["b", "a"], lambda x: [*x.values()]).nu
+    assert (matrix.shape, vector.shape) == ((2, 3), (2,))
+    interop.from_pytorch(
+        in_order, ["b", "a"], lambda x: [v.reshape(s) for v, s in zip(x.values(), [6, 2], strict=True)]
+    )
     many = checkpoint([group(list(range(300)))], {i: entry(float(i)) for i in range(300)})
     names = [f"w{i}" for i in range(300)]
     interop.from_pytorch(many, names, lambda x: [jnp.asarray(v, jnp.float32) for v in x.values()])

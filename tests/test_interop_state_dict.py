@@ -227,7 +227,7 @@ def test_names_may_be_a_generator():
     for names, message in {
         "abc": "names='abc' is one string: allowed are the model, a mapping",
         frozenset("abc"): "is a frozenset, which has no order: allowed are",
-        len: "is a builtin_function_or_method, which has no order: .*Pass functions as convert=",
+        len: "is a builtin_function_or_method, which has no order: .*Pass a function as convert=",
         (Tensor(2), Tensor(2), Tensor(2)): "names has <.*, a Tensor: allowed are the model, a mapping",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -314,11 +314,12 @@ def test_a_buffer_is_no_name_of_a_state_dict():
 
 
 BROKEN = {
-    r"param_groups\[0\]=7 is a int: allowed is a mapping": checkpoint([7], {}),
-    r"param_groups\[0\] has no params": checkpoint([{"lr": 0.1}], {}),
-    "state=None is a NoneType: allowed is a mapping": checkpoint([group([0])], None),
-    r"state\[0\]=None is a NoneType: allowed is a mapping": checkpoint([group([0])], {0: None}),
-    "entry 0 twice, as a number and as a string: remove one": checkpoint(
+    r"param_groups=\[7\]: allowed is a list of mappings with params": checkpoint([7], {}),
+    "param_groups=None: allowed is a list of mappings with params": checkpoint(None, {}),
+    r"param_groups=\[{.*: allowed is a list of mappings with params": checkpoint([{"lr": 0.1}], {}),
+    "state=None: allowed is a mapping of mappings": checkpoint([group([0])], None),
+    "state={0: None}: allowed is a mapping of mappings": checkpoint([group([0])], {0: None}),
+    "an entry twice, as a number and as a string: 0, 0. Remove": checkpoint(
         [group([0])], {0: entry(1.0), "0": entry(5.0)}
     ),
 }

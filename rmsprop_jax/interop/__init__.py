@@ -30,8 +30,8 @@ Names of compiled or wrapped models begin with `_orig_mod.` or `module.`, which 
 `name.removeprefix("module.")`.
 
 A model may lose a layer on the way, or get a new one, or another one in the place of an old one. `convert` has to use
-every array, so it says which ones it drops. Mask new parameters there, and `carry_over` starts them with their
-first values::
+every array, so it says which ones it drops. In the same way `convert_back` drops one: `tree["head"] = None`. Mask new
+parameters in `convert`, and `carry_over` starts them with their first values::
 
     def convert(arrays):
         arrays["head.weight"] = arrays["head.bias"] = None  # dropped

@@ -58,13 +58,13 @@ LOAD = "Load a file first, as the documentation shows"
 
 
 def mapping(
-    found: Any, content: str = "arrays by name", name: str = "checkpoint", way_out: str = LOAD, keys: type = str
-) -> Mapping[Any, Any]:
-    """What is found, if it is a mapping whose keys are of this type. All other arguments are for errors."""
+    found: Any, content: str = "arrays by name", name: str = "checkpoint", way_out: str = LOAD
+) -> Mapping[str, Any]:
+    """What is found, if it is a mapping from strings. The other arguments are for errors."""
     if not isinstance(found, Mapping):
         kind = f"{name}={reprlib.repr(found)} is a {type(found).__name__}"
         raise ValueError(f"{kind}: allowed is a mapping of {content}. {way_out}")
-    if strange := [key for key in found if not isinstance(key, keys)]:
+    if strange := [key for key in found if not isinstance(key, str)]:
         raise ValueError(f"{name} has the key {strange[0]!r}: allowed is a mapping of {content}, with strings as keys")
     return found
 

@@ -70,7 +70,7 @@ def _check_is_rmsprop(groups: Sequence[Mapping[str, Any]], entries: Mapping[Any,
             found = f"group {i} has {sorted(group)}"
             raise ValueError(f"not a checkpoint of bitsandbytes: if PyTorch wrote it, use from_pytorch ({found})")
         betas, eps = array("betas", group["betas"]), array("eps", group["eps"])
-        if not betas.shape:
+        if betas.ndim != 1 or not betas.size:
             raise ValueError(f"group {i} has betas={group['betas']}: allowed are two numbers, as bitsandbytes has them")
         decay = betas[0]
         if decay == 0 or eps == 0:

@@ -176,9 +176,13 @@ def _check_use(name: str, function: Callable[[Any], Any], tree: Any, way_out: st
     number = {path: 4097.0 + 2 * i for i, (path, _) in enumerate(arrays)}
     full_like = lambda path, x: (np if isinstance(x, np.ndarray) else jnp).full_like(x, number[path])  # noqa: E731
     numbers = jax.tree.map_with_path(full_like, tree)
+    if isinstance(tree, dict):
+        numbers = {key: numbers[key] for key in tree}  # JAX sorts them
     leaves = [(keystr(path) or "the array", x) for path, x in tree_flatten_with_path(function(numbers))[0]]
     made = {path: _times(name, path, x) for path, x in leaves}
-    times = sum(made.values(), collections.Counter())
+    times = collections.Counter()
+    for counts in made.values():
+        times.update(counts)
     found = {path: times[number[path]] for path, _ in arrays}
     # To drop an array on purpose is to put None in its place. One that is only popped may have been forgotten.
     dropped = [path for path, x in tree_flatten_with_path(numbers, is_leaf=lambda x: x is None)[0] if x is None]
@@ -188,7 +192,8 @@ def _check_use(name: str, function: Callable[[Any], Any], tree: Any, way_out: st
         also = f", and uses {listed(twice)} more than once" if twice else ""
         drop = f"To drop one on purpose, set arrays{forgotten[0]} = None"
         raise ValueError(f"{name} leaves out or changes {listed(forgotten)}{also}. {drop}")
-    if foreign := [path for path, x in made.items() if x.keys() - number.values()]:
+    known = {*number.values()}
+    if foreign := [path for path, counts in made.items() if counts.keys() - known]:
         raise ValueError(f"{name} makes elements of {listed(foreign)} that come from none of its arrays: {way_out}")
 
 

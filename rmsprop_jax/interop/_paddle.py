@@ -70,7 +70,8 @@ def from_paddle(
     if bits := [key for key, x in given.items() if str(getattr(x, "dtype", "")).endswith("uint16")]:
         raise ValueError(f"{listed(bits)} is uint16, the bits of bfloat16: use paddle.load, without return_numpy")
     found = {key: match.groups() if (match := _NAME.fullmatch(key)) else ("", key) for key in given}
-    ours = mapping({} if names is None else names, "your names by Paddle's", "names", "See the documentation")
+    way_out = "Pass {p.name: name for name, p in net.named_parameters()}"
+    ours = mapping({} if names is None else names, "your names by Paddle's", "names", way_out)
     entries = [Entry(slot, ours.get(weight, weight), given[key], key) for key, (weight, slot) in found.items()]
     scheduler = mapping(checkpoint.get("LR_Scheduler") or {}, "last_epoch and more", "LR_Scheduler", "Or leave it out")
     stored = {key: x for key, x in scheduler.items() if key == "last_epoch"}

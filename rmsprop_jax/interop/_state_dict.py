@@ -45,29 +45,23 @@ def parts_of(checkpoint: Any) -> tuple[list[dict[str, Any]], dict[Any, Mapping[s
         checkpoint = _unflattened(checkpoint)
     if not {"state", "param_groups"} <= set(checkpoint):
         raise ValueError(f"not an optimizer's state_dict: state or param_groups is missing in {listed(checkpoint)}")
-    of_torch = {
-        "content": "what a torch optimizer has",
-        "way_out": "Pass optimizer.state_dict() as it is",
-        "keys": object,
-    }
-    groups = [
-        mapping(group, name=f"param_groups[{i}]", **of_torch) for i, group in enumerate(checkpoint["param_groups"])
-    ]
-    if without := [i for i, group in enumerate(groups) if "params" not in group]:
-        raise ValueError(f"param_groups{without[:1]} has no params, the numbers of parameters. {of_torch['way_out']}")
+    state, groups = checkpoint["state"], checkpoint["param_groups"]
+    way_out = "Pass optimizer.state_dict() as it is"
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(x, Mapping) and "params" in x for x in groups):
+        raise ValueError(f"param_groups={reprlib.repr(groups)}: allowed is a list of mappings with params. {way_out}")
     groups = [{**group, "params": [_key(key) for key in group["params"]]} for group in groups]
     keys = [key for group in groups for key in group["params"]]
     if twice := repeated(keys):
         raise ValueError(f"the checkpoint has a parameter more than once: {listed(twice)}")
     known = set(keys)  # tensors are found in a set, and not in a list, which compares elements
-    stored = {_key(key): entry for key, entry in mapping(checkpoint["state"], name="state", **of_torch).items()}
+    if not isinstance(state, Mapping) or not all(isinstance(entry, Mapping) for entry in state.values()):
+        raise ValueError(f"state={reprlib.repr(state)}: allowed is a mapping of mappings. {way_out}")
+    stored = [(_key(key), entry) for key, entry in state.items()]
     # Through JSON or safetensors, the number of a parameter becomes a string.
-    entries: dict[Any, Any] = {}
-    for key, entry in stored.items():
-        number = int(key) if key not in known and str(key).isdigit() else key
-        if number in entries:
-            raise ValueError(f"the checkpoint has entry {number} twice, as a number and as a string: remove one")
-        entries[number] = mapping(entry, name=f"state[{key!r}]", **of_torch)
+    stored = [(int(key) if key not in known and str(key).isdigit() else key, entry) for key, entry in stored]
+    entries = dict(stored)
+    if len(entries) < len(stored):
+        raise ValueError(f"the checkpoint has an entry twice, as a number and as a string: {listed(state)}. Remove one")
     if unknown := [key for key in entries if key not in known]:
         raise ValueError(f"not an optimizer's state: no group has the parameter of entry {unknown[0]!r}")
     return groups, entries
@@ -163,7 +157,8 @@ def given_names(names: Names | None) -> tuple[list[str] | None, dict[str, Any]]:
     allowed = "allowed are the model, a mapping from names to weights, and a sequence of names"
     if isinstance(names, (str, set, frozenset)) or not hasattr(names, "__iter__"):
         problem = "one string" if isinstance(names, str) else f"a {type(names).__name__}, which has no order"
-        raise ValueError(f"names={reprlib.repr(names)} is {problem}: {allowed}. Pass functions as convert=")
+        way_out = ". Pass a function as convert=" if callable(names) else ""
+        raise ValueError(f"names={reprlib.repr(names)} is {problem}: {allowed}{way_out}")
     items: list[Any] = list(names.items() if isinstance(names, Mapping) else names)
     # Pairs, as model.named_parameters() has them.
     in_pairs = bool(items) and all(isinstance(item, tuple) and len(item) == 2 for item in items)
