@@ -1,6 +1,7 @@
 """python -m rmsprop_jax: train a small network on handwritten digits with six optimizers, and compare them."""
 
 import argparse
+import contextlib
 import functools
 import io
 import sys
@@ -136,9 +137,10 @@ def loss_and_accuracy(graph: Any, params: Any, data: Digits) -> tuple[jax.Array,
 
 def integer(text: str, lower: int, upper: int) -> int:
     """An integer of the command line."""
-    if not lower <= int(text) <= upper:
-        raise argparse.ArgumentTypeError(f"{text}: allowed is {lower} to {upper}")
-    return int(text)
+    with contextlib.suppress(ValueError):
+        if lower <= int(text) <= upper:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text}: allowed is {lower} to {upper}")
 
 
 def table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 
-__all__ = ["COUNTS", "count", "flag", "is_traced", "limit", "number", "off", "positive", "refuse", "schedule"]
+__all__ = ["COUNTS", "count", "flag", "is_traced", "limit", "number", "off", "positive", "refuse", "schedule", "share"]
 
 COUNTS = "a whole number from {} to 2147483647"  # from which limit, for errors
 
@@ -39,6 +39,11 @@ def number(name: str, value: Any, lower: float = 0.0, upper: float = math.inf) -
     if not (lower <= number <= upper and abs(number) <= float(np.finfo(np.float32).max)):
         raise ValueError(f"{name}={reprlib.repr(value)}: allowed is a finite number{limits} that float32 can hold")
     return number
+
+
+def share(name: str, value: Any) -> Any:
+    """Checks a number in [0, 1]."""
+    return number(name, value, upper=1.0)
 
 
 def schedule(name: str, value: Any, lower: float = 0.0) -> Callable[[jax.Array], Any]:
@@ -71,14 +76,16 @@ def off(value: Any) -> Any:
 
 def flag(name: str, value: Any) -> bool:
     if not isinstance(_plain(value), bool):
-        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: allowed are True and False")
+        way_out = ". With optax.inject_hyperparams, name it in static_args" if is_traced(value) else ""
+        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: allowed are True and False{way_out}")
     return _plain(value)
 
 
 def positive(name: str, value: Any) -> Any:
+    """Checks a number to divide by."""
     value = number(name, value, lower=-math.inf)
-    if not is_traced(value) and value <= 0:
-        raise ValueError(f"{name}={value!r}: allowed is a number above 0")
+    if not is_traced(value) and value < np.finfo(np.float32).tiny:
+        raise ValueError(f"{name}={value!r}: allowed is a number above 0 by which float32 can divide, 1.2e-38 or more")
     return value
 
 
@@ -106,14 +113,18 @@ def count(name: str, value: Any, lower: int = 0) -> int:
     return int(number)
 
 
-def refuse(name: str, value: Any, neutral: Any, remedy: str) -> None:
-    """Raises unless the value is None or `neutral`. A value that may be traced cannot be compared."""
+def refuse(name: str, value: Any, neutral: Any, remedy: str, other: str | None = None) -> None:
+    """Raises unless the value is None or `neutral`, which is that of the argument `other` if there is one.
+
+    A value that may be traced cannot be compared.
+    """
     if value is None or value is neutral:
         return
-    if is_traced(value) or is_traced(neutral):
+    compared = {name: value} if other is None else {name: value, other: neutral}
+    if traced := [argument for argument, x in compared.items() if is_traced(x)]:
         raise ValueError(
-            f"{name} is a JAX array, but the argument is not available here: {remedy}. "
-            "optax.inject_hyperparams makes arrays of all numbers: name it in static_args"
+            f"{traced[0]} is a JAX array, but {name} is not available here: {remedy}. "
+            f"optax.inject_hyperparams makes arrays of all numbers: name {' and '.join(compared)} in static_args"
         )
     if not _equals(value, neutral):
         raise ValueError(f"{name}={value!r} is not available here: {remedy}")

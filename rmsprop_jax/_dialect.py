@@ -62,8 +62,11 @@ class Dialect(NamedTuple):
     def recipe(self, arguments: dict[str, Any]) -> Recipe:
         """What a call with these arguments stands for, with all options of `rmsprop` that act."""
         for name, (neutral, remedy) in self.refused.items():
-            neutral = arguments[neutral] if isinstance(neutral, str) else neutral
-            _checks.refuse(name, arguments[name], neutral, remedy)
+            other = neutral if isinstance(neutral, str) else None
+            _checks.refuse(name, arguments[name], neutral if other is None else arguments[other], remedy, other)
+        for name, option in self.named.items():  # here, because `rmsprop` does not know this name
+            if option in _RENAMED and not (arguments[name] is None is self.signature.parameters[name].default):
+                _RENAMED[option](name, arguments[name])
         flags = [name for name in self.honoured if isinstance(self.signature.parameters[name].default, bool)]
         arguments = arguments | {name: _checks.flag(name, arguments[name]) for name in flags}
         recipe = self.function(**arguments)
@@ -78,6 +81,8 @@ _NAMES = {
     **dict.fromkeys(("centered", "centred"), "centered"),
     **{name: name for name in ("momentum", "lr_in_momentum", "weight_decay", "weight_decay_mask", "state_dtype")},
 }
+# The checks of the numbers among them that have several names.
+_RENAMED = {"decay": _checks.share, "eps": _checks.number}
 # All dialects by their functions, in the order of definition.
 DIALECTS: dict[Callable[..., Any], Dialect] = {}
 

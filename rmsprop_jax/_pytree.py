@@ -78,7 +78,7 @@ def transformation(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         updates = _trees.without_float0(updates)
-        _check_state(rule, state, state_type, updates)
+        _check_state(rule, state, state_type)
         if needs_params is None:
             _check_kinds(updates, params)
             params = None
@@ -159,10 +159,10 @@ def _update_array(
 # --- Checks -------------------------------------------------------------------------------------------------
 
 
-def _check_state(rule: Rule, state: Any, state_type: type[Any], updates: optax.Updates) -> None:
+def _check_state(rule: Rule, state: Any, state_type: type[Any]) -> None:
     if not isinstance(state, state_type):
         raise TypeError(f"state has type {type(state).__name__}: allowed is the {state_type.__name__} that init makes")
-    if updates is None:  # its state is None, whatever is on
+    if all(x is None for x in state[1:]):  # the tree is one leaf that does not train, whatever is on
         return
     for name in state_type._fields[1:]:
         if (name in rule.slots) == (getattr(state, name) is None):
@@ -175,7 +175,7 @@ def _check_leaf(rule: Rule, path: Any, grad: Any, param: Any, encoded: Mapping[s
     if any(x is None for x in encoded.values()):
         raise TypeError(
             f"gradient{keystr(path)} has dtype {dtype}, but its parameter is an integer or boolean and does not "
-            "train: pass None or float0"
+            "train: pass None or float0, or leave it out with eqx.partition or optax.masked (as optax.MultiSteps needs)"
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"gradient{keystr(path)} has dtype {dtype}: allowed are floating and complex dtypes")

@@ -164,7 +164,7 @@ def rmsprop(
     dtype = getattr(decay, "dtype", None)
     if dtype in (jnp.float16, jnp.bfloat16):
         warnings.warn(
-            f"decay arrived as {dtype}, which rounds 0.999 to {jnp.asarray(0.999, dtype)}: "
+            f"decay arrived as {dtype}, which rounds 0.999 to {np.asarray(0.999, dtype)}: "
             "with optax.inject_hyperparams, set hyperparam_dtype=jnp.float32",
             stacklevel=2,
         )
@@ -188,8 +188,8 @@ def rmsprop(
     state_dtype, mask = _requested_dtype(state_dtype), _trees.checked_mask(weight_decay_mask)
     arguments = (rule, learning_rate, decay, eps, initial_scale, momentum, weight_decay, mask, state_dtype)
 
-    decay, eps = _checks.number("decay", decay, upper=1.0), _checks.number("eps", eps)
-    momentum = None if momentum is None else _checks.number("momentum", momentum, upper=1.0)
+    decay, eps = _checks.share("decay", decay), _checks.number("eps", eps)
+    momentum = None if momentum is None else _checks.share("momentum", momentum)
     rate = _checks.schedule("learning_rate", learning_rate, lower=-math.inf)
     strength = _checks.schedule("weight_decay", weight_decay)
     # A larger ε is far above what ν or its root can lose.

@@ -352,7 +352,7 @@ def stable_baselines3(
 @_dialect(
     "pfrl.optimizers.RMSpropEpsInsideSqrt",
     1e-2,
-    refused={"maximize": (False, "PFRL accepts it but never reads it; use pytorch(maximize=True)")},
+    refused={"maximize": (False, "PFRL accepts it but never reads it; use optax.chain(optax.scale(-1.0), pfrl(...))")},
     inert="capturable foreach differentiable",
 )
 def pfrl(
@@ -430,11 +430,8 @@ def bitsandbytes(
         "before": "clipnorm clipvalue global_clipnorm loss_scale_factor",
         "accumulate": "gradient_accumulation_steps",
     },
-    refused={
-        "use_ema": (False, "average the parameters yourself, with optax.incremental_update"),
-        "ema_overwrite_frequency": (None, "overwrite the parameters in your own loop"),
-    },
-    inert="ema_momentum name",
+    refused={"use_ema": (False, "average the parameters yourself, with optax.incremental_update")},
+    inert="ema_momentum ema_overwrite_frequency name",  # of the average, which is refused
 )
 def keras(
     learning_rate: optax.ScalarOrSchedule | None = None,
@@ -523,7 +520,8 @@ def tf_keras(
         raise ValueError(f"only one of {clipnorm=} and {global_clipnorm=} can be set")
     clips = {"clipvalue": clipvalue, "clipnorm": clipnorm, "global_clipnorm": global_clipnorm}
     limits = [None if clip is None else _checks.number(name, clip) for name, clip in clips.items()]
-    epsilon = jnp.where(epsilon == 0, 1e-7, epsilon) if _checks.is_traced(epsilon) else _checks.off(epsilon) or 1e-7
+    epsilon = _checks.number("epsilon", 1e-7 if _checks.off(epsilon) is None else epsilon)
+    epsilon = jnp.where(epsilon == 0, 1e-7, epsilon) if _checks.is_traced(epsilon) else epsilon
     options = {"momentum": momentum, "eps": epsilon, "eps_in_sqrt": _checks.off(momentum) is not None}
     if _checks.off(decay) is not None:
         slowing = _checks.number("decay", decay)

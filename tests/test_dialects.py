@@ -178,7 +178,7 @@ def test_its_arguments_are_those_of_the_documentation(dialect):
 
 
 # Where not any number will do, and what has an effect only beside others.
-VALUES = {"gradient_accumulation_steps": 2, "optim_bits": 8, "ema_overwrite_frequency": 3, "args": "another"}
+VALUES = {"gradient_accumulation_steps": 2, "optim_bits": 8, "ema_overwrite_frequency": 100, "args": "another"}
 VALUES |= {"schedule": "cosine", "anneal": 8.0, "wdregex": "0", "weight_decay_mask": {"0": True, "1": False}}
 VALUES |= {"state_dtype": "uint8", "name": "another", "agc": 1e-3} | dict.fromkeys(["grad_clip", "parameters"], (1,))
 VALUES |= {"nesterov": True, "warmup": 5.0, "clipnorm": 1e-2, "clipvalue": 1e-2, "global_clipnorm": 1e-2}
@@ -299,8 +299,8 @@ REFUSED_THERE_TOO = [
     ("tf_keras(decay=-0.1)", "decay=-0.1: allowed is a finite number of at least 0"),
     *((f"keras(gradient_accumulation_steps={k})", f"={k}: .*whole number from 2 to") for k in (1, 2.0, -2, True)),
     ("jit(lambda k: keras(gradient_accumulation_steps=k).init(k))(4)", "steps is traced.*static_args"),
-    *((f"keras(loss_scale_factor={x})", f"loss_scale_factor={x}.*above 0") for x in (0, -1.0)),
-    *((f"mindspore(loss_scale={x})", f"loss_scale={x}.*above 0") for x in (0, -1.0)),
+    *((f"keras(loss_scale_factor={x})", f"loss_scale_factor={x}.*above 0") for x in (0, -1.0, 1e-45)),
+    *((f"mindspore(loss_scale={x})", f"loss_scale={x}.*above 0") for x in (0, -1.0, 1e-40)),
     ("timm(lambda count: 0.1, corrected_weight_decay=True)", "needs max_lr: pass the lr that timm's constructor got"),
     ("timm(0.0, corrected_weight_decay=True)", "needs max_lr: pass"),
     ("timm(0.1, corrected_weight_decay=True, max_lr=0.0)", "max_lr=0.0: allowed is a number above 0"),
@@ -314,7 +314,11 @@ REFUSED_THERE_TOO = [
     *((f"dreamer({name}=nan)", f"^{name}=nan: allowed is a") for name in ("agc", "beta1", "eps", "wd", "warmup", "lr")),
     ("dreamer(anneal=nan)", "^anneal=nan: allowed is a"),
     ("dreamer(beta1=1.0)", "^beta1=1.0: allowed is a number in"),
-    ("dreamer(beta2=1.1)", "decay=1.1: allowed is a"),
+    ("dreamer(beta2=1.1)", "^beta2=1.1: allowed is a"),
+    ("tf_keras(rho=2)", r"^rho=2: allowed is a finite number in \[0, 1\]"),
+    ("keras(rho=None)", "^rho=None has type NoneType: allowed is a number"),
+    ("options(pytorch, alpha=2)", "^alpha=2: allowed is"),
+    ("pfrl(maximize=True)", r"use optax.chain\(optax.scale\(-1.0\), pfrl"),
     ("options(rmsprop)", "rmsprop.* is not a dialect: allowed are hinton, graves, "),
     ("pytorch(maximize='yes')", "^maximize='yes' has type str: allowed are True and False"),
     ("timm(decoupled_decay='yes')", "^decoupled_decay='yes' has type str"),
@@ -327,6 +331,14 @@ REFUSED_THERE_TOO = [
 def test_calls_that_a_framework_refuses_too(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         eval(call, vars(dialects) | {"jit": jax.jit, "nan": float("nan")})
+
+
+@every_dialect
+def test_an_error_names_the_argument_as_the_framework_does(dialect):
+    for name in FACTS[dialect].honoured.keys() - {"wdregex"}:
+        for value in ("x", float("nan"), -1j):
+            with pytest.raises((TypeError, ValueError), match=f"^{name}\\b"):
+                dialect(**NEEDED[dialect], **{name: value})
 
 
 # --- The learning rate has two names ------------------------------------------------------------------------
@@ -418,6 +430,7 @@ INJECTED = {
         "momentum is a JAX array, .*pytorch.*static_args",
     ),
     "two decays": (dialects.dqn, {"gradient_momentum": 0.95}, "gradient_momentum is a JAX array, .*; leave it out"),
+    "a flag": (dialects.pytorch, {"centered": np.array(True)}, "centered=.*allowed are True and False.*static_args"),
     "two names": (dialects.pytorch, {"lr": 1e-2}, "lr and learning_rate are two names of one argument"),
     "two clips": (dialects.keras, {"clipnorm": 1.0, "clipvalue": 1.0}, "only one of clipnorm, clipvalue and"),
     "no anneal": (dialects.dreamer, {"schedule": "cosine"}, "anneal=0.*it must be larger than"),
@@ -442,6 +455,16 @@ def test_what_injection_cannot_have(call):
         optax.inject_hyperparams(dialect)(learning_rate=0.1, **arguments).init({"w": jnp.ones(2)})
 
 
+def test_of_two_decays_the_one_that_is_an_array_is_named_and_both_can_be_static():
+    both = ("gradient_momentum", "squared_gradient_momentum")
+    message = (
+        "^squared_gradient_momentum is a JAX array, .*gradient_momentum and squared_gradient_momentum in static_args"
+    )
+    with pytest.raises(ValueError, match=message):
+        optax.inject_hyperparams(dialects.dqn, static_args=both[0])(gradient_momentum=0.95).init(HALVES)
+    optax.inject_hyperparams(dialects.dqn, static_args=both)(gradient_momentum=0.95).init(HALVES)
+
+
 def test_what_injection_takes_as_static():
     params = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
     static = {"gradient_accumulation_steps": 2, "weight_decay_mask": lambda params: {"kernel": True, "bias": False}}
@@ -452,6 +475,18 @@ def test_what_injection_takes_as_static():
         for _ in range(2):
             updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
     assert jax.tree.map(lambda u: float(u[0]), updates) == {"kernel": -0.5, "bias": 0.0}
+
+
+def test_an_integer_beside_accumulation_is_left_out_as_the_error_says():
+    """optax.MultiSteps makes a gradient of zeros where there is none."""
+    params, grads = {"w": jnp.ones(2), "i": jnp.arange(2)}, {"w": jnp.ones(2), "i": None}
+    tx = dialects.keras(gradient_accumulation_steps=2)
+    message = r"gradient\['i'\] has dtype .*leave it out with eqx.partition or optax.masked"
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(TypeError, match=message):
+            tx.update(grads, tx.init(params), params)
+        tx = optax.masked(tx, {"w": True, "i": False})
+        assert tx.update(grads, tx.init(params), params)[0]["i"] is None
 
 
 def test_numbers_that_are_off_stay_off_when_injected():

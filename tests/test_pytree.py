@@ -222,6 +222,8 @@ def test_a_gradient_for_a_parameter_that_does_not_train_is_refused(name):
             TypeError, match=rf"gradient\['{name}'\] has dtype float32, but its parameter is an integer or"
         ):
             update(grads, tx.init(params))
+    with pytest.raises(TypeError, match="gradient has dtype float32, but its parameter is an integer or"):
+        tx.update(grads[name], tx.init(params[name]))
 
 
 @pytest.mark.parametrize("options", FEW_OPTIONS)
@@ -335,7 +337,7 @@ def test_a_state_of_other_options_is_refused():
     with pytest.raises(ValueError, match=r"state\.trace is not None: the state was made with other options"):
         plain.update(W, full.init(W))
     with pytest.raises(ValueError, match=r"state\.nu is None: the state was made with other options"):
-        plain.update(W, RMSPropState(jnp.int32(0), None))
+        full.update(W, RMSPropState(jnp.int32(0), None, trace=W))
 
 
 def test_params_are_not_looked_at_without_weight_decay():

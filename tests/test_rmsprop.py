@@ -579,6 +579,8 @@ def test_schedules_may_return_any_number():
 def test_a_decay_that_rounds_to_one_is_warned_about():
     with pytest.warns(UserWarning, match="rounds 0.999 to 1.*hyperparam_dtype"):
         rmsprop(1e-3, jnp.bfloat16(0.999))
+    with pytest.warns(UserWarning, match="rounds 0.999 to 1.0: .*hyperparam_dtype"):
+        jax.jit(lambda decay: rmsprop(1e-3, decay).init(decay))(jnp.bfloat16(0.999))
 
 
 def test_signatures_extend_those_of_optax():
