@@ -139,9 +139,10 @@ class Contents(NamedTuple):
         return {path: self.arrays[path] for path, depth in depths.items() if depth == max(depths.values())}
 
     def learning_rates(self) -> dict[Path, Any]:
-        """The injected learning rates."""
+        """The injected learning rates, without those of another optimizer beside RMSProp."""
         rates = {(name,) for name in LEARNING_RATES}
-        return {path: self.arrays[path] for path, key in self.keys.items() if key.is_injected and key.below in rates}
+        mine = {path: key for path, key in self.keys.items() if key.is_injected and "beside" not in key.side}
+        return {path: self.arrays[path] for path, key in mine.items() if key.below in rates}
 
 
 def contents_of(state: Any, argument: str = "state", whole: bool = True) -> Contents:

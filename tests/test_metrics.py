@@ -396,6 +396,12 @@ def test_a_given_rate_beside_injected_ones():
     found = metrics(trained(groups)[0], learning_rate=decreasing)
     rates = {name: float(x) for name, x in found.items() if "rate" in name}
     assert rates == {"one/learning_rate": 0.5, "two/learning_rate": 0.25, "learning_rate": np.float32(decreasing(2))}
+    # A rate that is injected into another optimizer is not RMSProp's.
+    adam = optax.partition({"one": rmsprop(decreasing), "two": optax.inject_hyperparams(optax.adam)(3e-4)}, PARTS)
+    found = metrics(trained(adam)[0], learning_rate=decreasing)
+    assert {name: float(x) for name, x in found.items() if "rate" in name} == {
+        "learning_rate": np.float32(decreasing(2))
+    }
 
 
 # --- What is left out -------------------------------------------------------------------------------------
