@@ -123,7 +123,7 @@ def refuse(name: str, value: Any, neutral: Any, remedy: str, other: str | None =
     compared = {name: value} if other is None else {name: value, other: neutral}
     if traced := [argument for argument, x in compared.items() if is_traced(x)]:
         raise ValueError(
-            f"{traced[0]} is a JAX array, but {name} is not available here: {remedy}. "
+            f"{traced[0]} is a JAX array, but the argument {name} is not available here: {remedy}. "
             f"optax.inject_hyperparams makes arrays of all numbers: name {' and '.join(compared)} in static_args"
         )
     if not _equals(value, neutral):

@@ -111,6 +111,6 @@ def test_an_argument_that_is_not_available_is_refused_with_a_way_out():
     with pytest.raises(ValueError, match=r"use_ema is a JAX array.*use optax.ema.*static_args"):
         _checks.refuse("use_ema", jnp.array(True), False, "use optax.ema")
     with pytest.raises(
-        ValueError, match=r"^b is a JAX array, but a is not .*: leave it out.*name a and b in static_ar"
+        ValueError, match=r"^b is a JAX array, but the argument a is not .*: leave it out.*name a and b in static_ar"
     ):
         _checks.refuse("a", 0.9, jnp.float32(0.9), "leave it out", "b")
