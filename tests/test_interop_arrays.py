@@ -238,6 +238,13 @@ def test_keys_that_are_no_strings(name):
 
 
 @every_reader
+def test_convert_that_is_no_function(name):
+    read, make = READERS[name]
+    with pytest.raises(ValueError, match=r"convert=\['w'\] is a list: allowed is a function of arrays"):
+        read(make(np.ones(2), np.ones(2), 5), ["w"])
+
+
+@every_reader
 def test_what_convert_adds_is_refused_by_name(name):
     """As of a head that is new: the weights' own values would be averages."""
     read, make = READERS[name]

@@ -315,6 +315,7 @@ def test_a_buffer_is_no_name_of_a_state_dict():
 
 BROKEN = {
     r"param_groups=\[7\]: allowed is a list of mappings with params": checkpoint([7], {}),
+    r"param_groups=\[{'params': None}\]: allowed is a list of mappings": checkpoint([{"params": None}], {}),
     "param_groups=None: allowed is a list of mappings with params": checkpoint(None, {}),
     r"param_groups=\[{.*: allowed is a list of mappings with params": checkpoint([{"lr": 0.1}], {}),
     "state=None: allowed is a mapping of mappings": checkpoint([group([0])], None),

@@ -84,18 +84,19 @@ def _arrays(parameter: Parameter) -> dict[str, Any]:
     name, _, entry, _ = parameter
     if not entry:
         return {NU: parameter.start(0.0)}
+    # Of an entry in JSON only these tell that its lists of integers are codes.
+    table = entry.get("qmap1")
     scales = entry.get("absmax1", entry.get("max1"))  # max1: of the whole tensor, in the oldest versions
-    # Through JSON, codes are lists of integers.
-    is_coded = "qmap1" in entry or scales is not None or str(getattr(entry[NU], "dtype", "")).endswith("uint8")
+    is_coded = table is not None or scales is not None or str(getattr(entry[NU], "dtype", "")).endswith("uint8")
     if "state2" in entry or not is_coded:
         return {slot: entry[slot] for slot in (NU, "state2") if slot in entry}
-    if scales is None or "qmap1" not in entry:
+    if table is None or scales is None:
         raise ValueError(f"{name} is in 8 bits and lacks qmap1 or absmax1: it has {sorted(entry)}")
     numbers = array(f"{NU} of {name}", entry[NU])
     codes = numbers.astype(np.uint8)
     if (codes != numbers).any():
         raise ValueError(f"{NU} of {name} has elements that are no codes: allowed are whole numbers from 0 to 255")
-    table, scales = array(f"qmap1 of {name}", entry["qmap1"]), array(f"absmax1 of {name}", scales)
+    table, scales = array(f"qmap1 of {name}", table), array(f"absmax1 of {name}", scales)
     lengths = [n for n in (*BLOCKS, codes.size or 1) if -(-codes.size // n) == scales.size]
     if not lengths or table.size != 256:
         found = f"{codes.size} codes, {scales.size} scales and a table of {table.size}"

@@ -60,7 +60,7 @@ def state_of(
     """
     slots = _by_slot(optimizer, entries)
     _check_slots(optimizer, slots, shapes or {})
-    made, convert = updates(count, stored), convert or dict
+    made, convert = updates(count, stored), _function("convert", dict if convert is None else convert)
     try:
         _check_use("convert", convert, slots["nu"], NEW_PARAMETER)
     except KeyError as error:
@@ -134,7 +134,7 @@ def arrays_of(state: Any, convert_back: ConvertBack) -> tuple[np.ndarray, dict[s
         raise ValueError(f"the state has no accumulators for {listed(masked)}, which were masked: unmask them")
     is_leaf = lambda x: isinstance(x, _states.Accumulators)  # noqa: E731
     found: list[_states.Accumulators] = jax.tree.leaves(tree, is_leaf=is_leaf)
-    slots = {}
+    slots, convert_back = {}, _function("convert_back", convert_back)
     for slot in _states.Accumulators._fields:
         if slot == "nu" or any(getattr(x, slot) is not None for x in found):
             arrays = jax.tree.map(functools.partial(_decoded, slot), tree, is_leaf=is_leaf)
@@ -164,6 +164,13 @@ def _by_name(found: Any) -> dict[str, Any]:
 # --- Both ways --------------------------------------------------------------------------------------------
 
 NEW_PARAMETER = "put optax.MaskedNode() in the place of a new parameter, which carry_over starts"
+
+
+def _function(name: str, value: Any) -> Callable[[Any], Any]:
+    """What the caller gives, if it is a function."""
+    if not callable(value):
+        raise ValueError(f"{name}={reprlib.repr(value)} is a {type(value).__name__}: allowed is a function of arrays")
+    return value
 
 
 def _check_use(name: str, function: Callable[[Any], Any], tree: Any, way_out: str) -> None:

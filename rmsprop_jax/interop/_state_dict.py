@@ -47,7 +47,8 @@ def parts_of(checkpoint: Any) -> tuple[list[dict[str, Any]], dict[Any, Mapping[s
         raise ValueError(f"not an optimizer's state_dict: state or param_groups is missing in {listed(checkpoint)}")
     state, groups = checkpoint["state"], checkpoint["param_groups"]
     way_out = "Pass optimizer.state_dict() as it is"
-    if not isinstance(groups, (list, tuple)) or not all(isinstance(x, Mapping) and "params" in x for x in groups):
+    has_params = lambda group: isinstance(group, Mapping) and hasattr(group.get("params"), "__iter__")  # noqa: E731
+    if not isinstance(groups, (list, tuple)) or not all(map(has_params, groups)):
         raise ValueError(f"param_groups={reprlib.repr(groups)}: allowed is a list of mappings with params. {way_out}")
     groups = [{**group, "params": [_key(key) for key in group["params"]]} for group in groups]
     keys = [key for group in groups for key in group["params"]]
