@@ -229,6 +229,9 @@ def test_what_float32_cannot_hold_is_refused(name):
     read, make = READERS[name]
     with pytest.raises(ValueError, match=r"w.* has elements above 3.4e38, which float32 cannot hold"):
         read(make(np.array([1.0, 1e40]), np.ones(2), 5))
+    if name in WITH_MOMENTUM:
+        with pytest.raises(ValueError, match=r"w.* has elements above 3.4e38, which float32 cannot hold"):
+            read(make(np.ones(2), np.array([1.0, -1e40]), 5))
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name != "keras"])

@@ -52,8 +52,9 @@ def test_keras_accumulation():
         ValueError, match="gradient_accumulation_steps=4, but the optimizer has 0 gradient accumulators"
     ):
         interop.from_keras(keras_variables(), gradient_accumulation_steps=4)
-    with pytest.raises(ValueError, match="1 of 4 gradients are accumulated: save after an update"):
-        interop.from_keras([*half, *keras_variables(count=13)], gradient_accumulation_steps=4)
+    for count in (None, 3):
+        with pytest.raises(ValueError, match="1 of 4 gradients are accumulated: save after an update"):
+            interop.from_keras([*half, *keras_variables(count=13)], count=count, gradient_accumulation_steps=4)
 
 
 @pytest.mark.parametrize("steps", [0, np.int64(0)])
@@ -146,6 +147,8 @@ def test_the_model_s_variables_beside_the_optimizer_s():
         ValueError, match="not Keras' RMSprop alone: d/kernel. Pass optimizer.variables, without the mod"
     ):
         interop.from_keras([*keras_variables("rmsprop"), ("d/kernel", np.ones(2))])
+    with pytest.raises(ValueError, match="not the variables of Keras' RMSprop, but of adam: d/kernel"):
+        interop.from_keras([*keras_variables("adam"), ("d/kernel", np.ones(2))])
 
 
 WEIGHTS = ("d/kernel", "d/bias")

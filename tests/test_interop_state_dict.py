@@ -112,8 +112,11 @@ def test_tensors_of_the_same_memory_need_no_order():
     others = {name: Tensor(*x.shape, address=x.address) for name, x in model.parameters.items()}
     assert averages(interop.from_pytorch(Live([second, first]), others)) == {"1": 1, "0": 2}
     # A slice of a weight begins where the weight does.
-    others["slice"] = Tensor(1, 2, address=first.address)
+    others = {"slice": Tensor(1, 2, address=first.address)} | others
     assert averages(interop.from_pytorch(Live([second, first]), others)) == {"1": 1, "0": 2}
+    # Two parameters of one memory are known by their identity.
+    model = Module({"0": first, "1": Tensor(2, 2, address=first.address)})
+    assert averages(interop.from_pytorch(Live([*model.parameters.values()][::-1]), model)) == {"1": 1, "0": 2}
 
 
 def test_a_live_optimizer_whose_groups_have_names():
@@ -158,7 +161,9 @@ def test_shapes_tell_the_order_of_groups_that_have_none_in_common():
     model = layers((2, 2), (2,), (2, 2), (2,))
     a, b, c, d = model.parameters.values()
     weights_then_biases = Live([b, d], [a, c]).state_dict()
-    assert averages(interop.from_pytorch(weights_then_biases, model)) == {"1": 1, "3": 2, "0": 3, "2": 4}
+    with_buffer = Module(model.parameters, {"mean": Tensor(2)})
+    for names in (model, with_buffer):
+        assert averages(interop.from_pytorch(weights_then_biases, names)) == {"1": 1, "3": 2, "0": 3, "2": 4}
     model = layers((1,), (2,), (3,), (4,))
     a, b, c, d = model.parameters.values()
     assert averages(interop.from_pytorch(Live([c], [b, d], [a]).state_dict(), model)) == {
@@ -228,6 +233,7 @@ def test_names_may_be_a_generator():
         "abc": "names='abc' is one string: allowed are the model, a mapping",
         frozenset("abc"): "is a frozenset, which has no order: allowed are",
         len: "is a builtin_function_or_method, which has no order: .*Pass a function as convert=",
+        (("a", "b", "c"),): r"names has \('a', 'b', 'c'\), a tuple: allowed are the model, a mapping",
         (Tensor(2), Tensor(2), Tensor(2)): "names has <.*, a Tensor: allowed are the model, a mapping",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -167,7 +167,7 @@ def _check_is_rmsprop(
             "that keras.saving.load_model made or model.load_weights filled, or name them as the documentation shows"
         )
     slots = [match["slot"] for match in matches.values()]
-    if unknown and generation.slots["nu"] in slots and "rms" in name.replace("_", ""):
+    if unknown and generation.slots["nu"] in slots and name not in OTHERS:
         raise ValueError(f"not Keras' RMSprop alone: {listed(unknown)}. Pass optimizer.variables, without the model's")
     refused = f"not the variables of Keras' RMSprop, but of {name or 'an optimizer without a name'}: "
     if unknown or generation.slots["nu"] not in slots or name in OTHERS:

@@ -128,7 +128,7 @@ def parameters(
         parts = [part for group in groups if (part := [key for key in group["params"] if key in keys])]
         live = all(hasattr(key, "shape") for key in keys)  # the optimizer itself, with a copy of its model
         parts = [[key] for key in keys] if live else parts
-        if weights and (live or len(parts) > 1):
+        if weights and len(parts) > 1:
             if live:
                 found = {key: tuple(key.shape) for key in keys}
                 problem = "the optimizer has other tensors than names, such as those of a copied model"
