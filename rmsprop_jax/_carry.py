@@ -36,9 +36,9 @@ def carry_over(state: Any, into: Any, *, allow_new: bool = False) -> Any:
     state does not say: that is not converted.
 
     Arrays of wrappers, such as counters, averages and accumulated gradients, are kept where both sides have the
-    wrapper, in the same place relative to RMSProp: in front an average is one of gradients, and behind it one of
-    updates. A new wrapper starts as in `into`, but its schedules continue from the count of `state`. Injected
-    hyperparameters are those of `into`.
+    wrapper around the same parameters, in the same place relative to RMSProp: in front an average is one of gradients,
+    and behind it one of updates. A new wrapper starts as in `into`, but its schedules continue from the count of
+    `state`. Injected hyperparameters are those of `into`.
 
     No value is looked at under :func:`jax.jit`. There :class:`optax.MultiSteps` may lose half an accumulation, and
     groups that become one get the first of their counts.
