@@ -179,7 +179,7 @@ def _moves_of_wrappers(old: Contents, new: Contents) -> dict[Path, Move]:
     for key, places in _by_key(new).items():
         sources = {} if key.is_injected else theirs.get(key, {})
         for path, names in places.items():
-            mine = [at for at, others in sources.items() if names & others] or sources
+            mine = [at for at, others in sources.items() if not names.isdisjoint(others)] or sources
             found = {at: old.arrays[at] for at in mine}
             # Several wrappers of one kind around the same parameters are in the same order.
             rivals = [other for other, others in places.items() if others == names]
@@ -196,11 +196,14 @@ def _moves_of_wrappers(old: Contents, new: Contents) -> dict[Path, Move]:
 
 def _by_key(contents: Contents) -> dict[Key, dict[Path, frozenset[Name]]]:
     """The arrays of wrappers, with the parameters of the nearest states of RMSProp."""
-    names_of = {at: _states.names_of(node) for at, node in contents.states.items()}
+
+    @functools.cache
+    def names(*states: Path) -> frozenset[Name]:
+        return frozenset(name for at in states for name in _states.names_of(contents.states[at]))
+
     found: dict[Key, dict[Path, frozenset[Name]]] = {}
     for path, key in contents.keys.items():
-        names = frozenset(name for at in _states.nearest(path, names_of) for name in names_of[at])
-        found.setdefault(key, {})[path] = names
+        found.setdefault(key, {})[path] = names(*_states.nearest(path, contents.states))
     return found
 
 

@@ -80,7 +80,8 @@ def transformation(
         updates = _trees.without_float0(updates)
         _check_state(rule, state, state_type)
         if needs_params is None:
-            _check_kinds(updates, params)
+            if params is not None:
+                _check_kinds(updates, params)
             params = None
         else:
             params = _trees.params_with_gradients(updates, params, needs_params, params_mask)

@@ -387,7 +387,8 @@ def _key(path: Path, records: Mapping[Path, type], states: Iterable[Path], side:
 def nearest(path: Path, states: Iterable[Path]) -> list[Path]:
     """The states of RMSProp with which a path shares the most keys."""
     shared = {at: shared_keys(path, at) for at in states}
-    return [at for at, n in shared.items() if n == max(shared.values())]
+    most = max(shared.values(), default=0)
+    return [at for at, n in shared.items() if n == most]
 
 
 def _side(path: Path, states: Iterable[Path], chains: Mapping[Path, list[Any]]) -> frozenset[str]:
