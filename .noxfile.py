@@ -4,7 +4,6 @@ Each part has a fresh virtual environment, so that a missing install step fails.
 parts that run on several: by default the oldest that pyproject.toml allows, and the newest that is here.
 """
 
-import concurrent.futures
 import os
 import pathlib
 import re
@@ -59,11 +58,9 @@ def tests(session, *arguments, **environment):
 
 
 def execute(session, *notebooks):
-    """Runs notebooks, two at a time, and leaves them as they are."""
+    """Runs notebooks, and leaves them as they are."""
     command = ["jupyter", "nbconvert", "--log-level=WARN", "--to=notebook", "--execute"]
-    command += [f"--output-dir={session.create_tmp()}"]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda notebook: session.run(*command, str(notebook)), notebooks))
+    session.run(*command, f"--output-dir={session.create_tmp()}", *map(str, notebooks))
 
 
 @nox.session(python=OLDEST)

@@ -153,7 +153,8 @@ def _sources(found: Accumulators, slot: str, node: Any, x: Any) -> dict[Path, An
 
 def _fitted(old: Contents, new: Contents) -> dict[Name, Accumulators]:
     """The accumulators of `old`, also where one side has all parameters in one vector, as optax.flatten makes it."""
-    found = old.accumulators()
+    names = set().union(*map(_states.names_of, new.states.values()))
+    found = {_states.without_box(name, names): x for name, x in old.accumulators().items()}
     if len(old.states) != 1 or len(new.states) != 1:
         return found
     places = {name: np.shape(x) for name, x in _states.arrays_of(_states.nu_of(*new.states.values())).items()}
@@ -255,7 +256,7 @@ def _lost(old: Contents, new: Contents, reason: str) -> Iterator[str]:
         error = f"state also holds {listed(lost)}: {reason}. To drop it, pass RMSProp's own state, {itself}"
         counters = [(at, path, x) for at in old.states for path, x in old.counts(at).items()]
         outside = [x for at, path, x in counters if new.states and path[: len(at)] != at]
-        yield error + "".join(f", and set optax.tree.set(result, count={x})" for x in outside[:1])
+        yield error + "".join(f", and then call optax.tree.set(result, count={x})" for x in outside[:1])
 
 
 def _exchanged_buffers(found: Mapping[Name, Accumulators], new: Contents, moves: Mapping[Path, Move]) -> Iterator[str]:

@@ -47,8 +47,10 @@ def place_like(value: jax.Array, like: Any) -> jax.Array:
     """A copy of `value` with the sharding of `like`, if `like` was placed explicitly."""
     value = jnp.array(value, copy=True)
     sharding, own = _sharding(like), _sharding(value)
-    if isinstance(getattr(sharding, "mesh", None), AbstractMesh):  # of jax.eval_shape on an Explicit mesh
-        sharding = NamedSharding(own.mesh, sharding.spec) if isinstance(own, NamedSharding) else None
+    if isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+        # Of jax.eval_shape on an Explicit mesh, which knows no devices: those of the value, if its mesh is like that.
+        like_it = isinstance(own, NamedSharding) and own.mesh.abstract_mesh == sharding.mesh
+        sharding = NamedSharding(own.mesh, sharding.spec) if like_it else None
     if isinstance(value, Tracer) or sharding is None or not getattr(like, "committed", True):
         return value
     # Of a copy: even with may_alias=False, device_put of an array on one device to a mesh shares the buffer there

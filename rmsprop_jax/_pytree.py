@@ -27,7 +27,7 @@ class Rule(Protocol):
 
     @property
     def slots(self) -> Mapping[str, np.dtype]:
-        """The slots in use, with their dtypes in a state of one byte. A slot of unsigned numbers is real."""
+        """The slots in use, with their dtypes in a state of one byte. An unsigned dtype marks a slot that is real."""
         ...
 
     def scalars(self, count: jax.Array, hyperparameters: Any) -> Any:

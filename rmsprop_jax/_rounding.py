@@ -1,6 +1,6 @@
 """bfloat16 parameters that keep learning."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -152,7 +152,7 @@ def params_in_float32(params: optax.Params, state: Any) -> optax.Params:
     remainders = _remainders(params, state)
 
     def joined(name: Name, p: Any) -> Any:
-        if _is_bfloat16(p) and (name := _unboxed(name, remainders)) in remainders:
+        if _is_bfloat16(p) and (name := _states.without_box(name, remainders)) in remainders:
             return _bits.join(p, remainders[name])
         inexact = hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.inexact)
         return _storage.widened(p) if inexact else p
@@ -197,7 +197,7 @@ def params_in_bfloat16(params: optax.Params, state: Any) -> tuple[optax.Params, 
         )
 
     def split(name: Name, p: Any) -> Any:
-        name = _unboxed(name, remainders)
+        name = _states.without_box(name, remainders)
         if name not in remainders or _is_bfloat16(p):
             return p
         if not _is_float(p):
@@ -295,18 +295,13 @@ def _remainders(params: Any, state: Any) -> dict[Name, jax.Array]:
         )
     remainders = {name: rest for _, name, rest in found}
     arrays = _states.arrays_of(params).items()
-    shapes = {_unboxed(name, remainders): getattr(p, "shape", None) for name, p in arrays}
+    shapes = {_states.without_box(name, remainders): getattr(p, "shape", None) for name, p in arrays}
     if wrong := [f"params{_states.shown(name)}" for name, rest in remainders.items() if shapes.get(name) != rest.shape]:
         raise ValueError(
             f"state has a remainder for {listed(wrong)}, but params has no array of its shape: pass the parameters "
             "that the optimizer was initialized with. (Inside optax.flatten, a remainder is one vector.)"
         )
     return remainders
-
-
-def _unboxed(name: Name, names: Collection[Name]) -> Name:
-    """One of `names`, also in NNX's box as Orbax restores it without a target: {"value": array}."""
-    return name[:-1] if name not in names and name[-1:] == ("value",) else name
 
 
 def _is_rounding(x: Any) -> bool:

@@ -7,7 +7,7 @@ buffer is that of p ← p - b. A parameter has the same name with and without th
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +44,7 @@ __all__ = [
     "shown_names",
     "slots_of",
     "variance",
+    "without_box",
 ]
 
 Path = tuple[Any, ...]  # keys of jax.tree_util, from the top of a state
@@ -171,18 +172,18 @@ def _without_rmsprop(state: Any, argument: str, contents: Contents) -> str:
     error = (
         f"no state of RMSProp in {argument}, which is a {type(state).__name__}: it holds {listed(kinds) or 'nothing'}"
     )
-    for path in find(state, _is_restored):
+    for path in [*find(state, _is_restored)][:1]:
         where = f"{argument}{keystr(path)}"
-        return f"{error}. If {where} is RMSProp's, restored as a dict, put RMSPropState(**{where}) there"
+        error += f". If {where} is of rmsprop_jax, restored as a dict, put RMSPropState(**{where}) there"
     if any(DictKey("nu") in path for path in contents.arrays):
-        return f"{error}. If it was restored as dicts, restore it with a target such as tx.init(params)"
+        error += ". If a state of Optax was restored as dicts, restore it with a target such as tx.init(params)"
     return error
 
 
 def _is_restored(x: Any) -> bool:
-    """Whether a dict has the fields of our state. Without those that are None, it may be that of Adam."""
+    """Whether a dict may be our state, with or without the fields that are None."""
     keys = set(x) if isinstance(x, Mapping) else set()
-    return {"count", "nu"} <= keys <= set(RMSPropState._fields) and keys != {"count", "nu", "mu"}
+    return {"count", "nu"} <= keys <= set(RMSPropState._fields)
 
 
 # --- A state of RMSProp -----------------------------------------------------------------------------------
@@ -225,21 +226,18 @@ def _is_triple(x: Any, first: tuple[type, ...], last: tuple[type, ...]) -> bool:
 
 def names_of(node: Any) -> list[Name]:
     """The parameters that have accumulators in a state of RMSProp."""
-    return [*_slots_by_name(node)]
-
-
-def _slots_by_name(node: Any) -> dict[Name, dict[str, Any]]:
-    found: dict[Name, dict[str, Any]] = {}
-    for _, slot, name, x in slots_of(node):
-        # Optax has accumulators of integers as well, which do not train.
-        trains = not is_masked(x) and (isinstance(node, RMSPropState) or jnp.issubdtype(x.dtype, jnp.inexact))
-        if slot in Accumulators._fields and trains:
-            found.setdefault(name, {})[slot] = x
-    return found
+    arrays = {name: x for name, x in arrays_of(nu_of(node)).items() if not is_masked(x)}
+    # Optax has accumulators of integers as well, which do not train.
+    ours = isinstance(node, RMSPropState)
+    return [name for name, x in arrays.items() if ours or jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def _accumulators(node: Any) -> dict[Name, Accumulators]:
-    return {name: _in_our_terms(node, **slots) for name, slots in _slots_by_name(node).items()}
+    found: dict[Name, dict[str, Any]] = {name: {} for name in names_of(node)}
+    for _, slot, name, x in slots_of(node):
+        if name in found and slot in Accumulators._fields:
+            found[name][slot] = x
+    return {name: _in_our_terms(node, **slots) for name, slots in found.items()}
 
 
 def _in_our_terms(node: Any, nu: Any, mu: Any = None, trace: Any = None) -> Accumulators:
@@ -273,6 +271,11 @@ def _second_moments() -> tuple[type, ...]:
 def name_of(path: Path) -> Name:
     """The name of a parameter, from its path in any tree."""
     return tuple(keystr((key,), simple=True) for key in path)
+
+
+def without_box(name: Name, names: Collection[Name]) -> Name:
+    """One of `names`, also in NNX's box as Orbax restores it without a target: {"value": array}."""
+    return name[:-1] if name not in names and name[-1:] == ("value",) else name
 
 
 def shown(name: Name) -> str:
@@ -375,7 +378,7 @@ def _is_record(x: Any) -> bool:
 
 
 def _key(path: Path, records: Mapping[Path, type], states: Iterable[Path], side: frozenset[str]) -> Key:
-    """The innermost record around an array that is not around RMSProp's state as well, and the array's side."""
+    """The innermost record around an array, but not around RMSProp's state, and the array's side."""
     shared = max((shared_keys(path, at) for at in states), default=0)
     around = [n for n in range(shared, len(path)) if path[:n] in records]
     if not around:  # as in a chain of plain dicts

@@ -811,7 +811,7 @@ def _annealed(rate: jax.Array, count: Any, schedule: str, warmup: Any, anneal: A
 
 
 def _matching(regex: str, params: optax.Params) -> Any:
-    """Whether the regex finds something in each parameter's path, or in front of a key that stands alone."""
+    """Whether the regex finds something in each parameter's path, with a slash in front of a key that stands alone."""
 
     def matches(name: _states.Name, _: Any) -> bool:
         joined = "/".join(name)

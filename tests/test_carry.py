@@ -1268,6 +1268,13 @@ def test_a_parameter_may_be_called_value(old, new, params):
     )
 
 
+@pytest.mark.parametrize("old", [optax.scale_by_rms(), optax.rmsprop(0.1)])
+def test_boxes_of_nnx_restored_as_dicts_without_a_counter(old):
+    state = trained(old)
+    boxed = jax.tree.map(lambda x: {"value": x}, state)
+    chex.assert_trees_all_equal(*(carry_over(x, rmsprop(0.1).init(PARAMS)) for x in (boxed, state)))
+
+
 def test_a_chain_by_name_has_an_order():
     average, ours = ("average", optax.ema(0.9)), ("rms", rmsprop(0.1))
     state = trained(optax.named_chain(average, ours))
@@ -1316,7 +1323,9 @@ def test_masked_parameters_in_boxes(box):
 def test_a_way_out_that_leaves_a_wrapper_keeps_the_count():
     state = trained(optax.chain(optax.ema(0.9), optax.inject_hyperparams(optax.rmsprop)(schedule)), steps=5)
     into = rmsprop(schedule).init(PARAMS)
-    with pytest.raises(ValueError, match=r"pass .* state\[1\].inner_state, and set optax.tree.set\(result, count=5\)"):
+    with pytest.raises(
+        ValueError, match=r"pass .* state\[1\].inner_state, and then call optax.tree.set\(result, count=5\)"
+    ):
         carry_over(state, into)
     assert int(optax.tree.set(carry_over(state[1].inner_state, into), count=5).count) == 5
 
@@ -1331,5 +1340,7 @@ def test_only_our_own_dict_is_taken_for_our_state():
     ours, adam = (x._asdict() for x in (rmsprop(0.1).init(PARAMS), optax.scale_by_adam().init(PARAMS)))
     with pytest.raises(ValueError, match=r"put RMSPropState\(\*\*state\['x'\]\) there"):
         carry_over({"x": ours}, rmsprop(0.1).init(PARAMS))
-    with pytest.raises(ValueError, match=r"restored as dicts, restore it with a target"):
+    with pytest.raises(
+        ValueError, match=r"is of rmsprop_jax, .*state of Optax was restored as dicts, restore it with a target"
+    ):
         carry_over({"x": adam}, rmsprop(0.1).init(PARAMS))

@@ -1,5 +1,6 @@
 """The functions that convert arrays by name to trees of parameters, and back."""
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,7 @@ WRITERS = {
     "pytorch": (lambda state, back: interop.to_pytorch(state, ["a", "b"], back), None),
 }
 BACK = {
-    r"leaves out or changes \['b'\]\. To drop one on purpose, set arrays\['b'\] = None": lambda x: {"a": x["a"]},
+    r"leaves out or changes \['b'\]\. To drop one on purpose, put None in its place": lambda x: {"a": x["a"]},
     r"leaves out or changes \['b'\], and uses \['a'\] more": lambda x: {"a": x["a"], "b": x["a"]},
     r"leaves out or changes \['a'\], \['b'\]": lambda x: {name: -v for name, v in x.items()},
     r"casts \['a'\] to int32": lambda x: {name: v.astype(int) for name, v in x.items()},
@@ -162,6 +163,19 @@ def test_convert_back_must_use_every_accumulator_once(writer, message, back):
     state = rmsprop(0.1).init({"a": jnp.ones(2), "b": jnp.ones(2)})._replace(nu={"a": jnp.ones(2), "b": jnp.zeros(2)})
     with pytest.raises(ValueError, match=r"convert_back(=\d+)? " + message):
         WRITERS[writer][0](state, back)
+
+
+def test_padding_is_put_on_and_taken_off():
+    padded = interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {"a": np.pad(x["a"], (0, 2)), "b": x["b"]})
+    plain = interop.from_pytorch(WHOLE, ["a", "b"])
+    np.testing.assert_array_equal(padded.nu["a"], np.pad(plain.nu["a"], (0, 2)))
+    written = [
+        dict(interop.to_keras(state, lambda tree, n=n: {"a": tree["a"][:n], "b": tree["b"]}))
+        for state, n in ((padded, plain.nu["a"].size), (plain, None))
+    ]
+    chex.assert_trees_all_equal(*written)
+    with pytest.raises(ValueError, match=r"convert makes elements of \['c'\] that come from none"):
+        interop.from_pytorch(WHOLE, ["a", "b"], lambda x: {**x, "c": np.zeros(2)})
 
 
 @pytest.mark.parametrize("writer", ["keras", "tensorflow1"])

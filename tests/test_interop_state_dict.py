@@ -148,7 +148,9 @@ def test_a_model_s_order_is_not_that_of_several_groups():
     body_w, body_b, head_w, head_b = model.parameters.values()
     kept = Live([head_w, head_b], [body_w, body_b]).state_dict()
     for names in (model, model.parameters, model.named_parameters()):
-        with pytest.raises(ValueError, match=r"the 2 groups .* pass optimizer and model, or a list of names in"):
+        with pytest.raises(
+            ValueError, match=r"the 2 groups .* pass the optimizer and the model that it trains, or a list of names in"
+        ):
             interop.from_pytorch(kept, names)
     # A list is in the groups' order: the caller says so.
     assert averages(interop.from_pytorch(kept, ["2", "3", "0", "1"])) == {"2": 1, "3": 2, "0": 3, "1": 4}
@@ -299,9 +301,7 @@ def test_a_copy_of_the_model_has_other_tensors():
     for groups in (1, 2):
         model, copy = layers((2,), (2,)), layers((2,), (2,))
         optimizer = Live(*([*model.parameters.values()][i::groups] for i in range(groups)))
-        message = (
-            "has other tensors than names, .* shapes do not tell which weight is which: pass optimizer and model, or"
-        )
+        message = "has other tensors than names, .* shapes do not tell which weight is which: pass the optimizer and the model that it trains, or"
         with pytest.raises(ValueError, match=message):
             interop.from_pytorch(optimizer, copy)
         assert averages(interop.from_pytorch(optimizer, ["0", "1"])) == {"0": 1, "1": 2}

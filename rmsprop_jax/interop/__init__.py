@@ -15,7 +15,7 @@ Use the dialect of that name with its options and its schedule, and the run resu
 
 Every `from_` function takes the checkpoint, `convert` (without it the state has the dict itself) and `count`, the
 updates made so far, which schedules need: `None` stands for the checkpoint's own, and is an error where it has none.
-Weights are passed over where a framework saves them in the same file: TensorFlow, HDF5 files of Keras, MindSpore.
+Weights in the same file are ignored, for TensorFlow, HDF5 files of Keras, and MindSpore.
 It returns a bare :class:`RMSPropState`, in float32. :func:`rmsprop_jax.carry_over` places it inside wrappers, keeps it
 in fewer bytes, changes options, and checks every path and shape. The `to_` functions find our state inside any wrapper.
 
@@ -25,7 +25,8 @@ TensorFlow 1, Sonnet, PaddlePaddle and MindSpore keep a momentum even if it is n
 A checkpoint that does not fit raises a `ValueError` that says why, and what to do: names, slots or shapes that differ,
 or are there twice; a slot that is missing though the framework always writes it; the checkpoint of another optimizer,
 class or framework; an accumulator that is not an array of numbers; a count that is not a whole number. So does a
-`convert` or `convert_back` that changes an accumulator, leaves one out, or adds arrays that are none.
+`convert` or `convert_back` that changes an accumulator, leaves one out, or adds numbers that come from none. It may
+pad with zeros, and on the way back cut them off.
 Names of compiled or wrapped models begin with `_orig_mod.` or `module.`, which `convert` strips:
 `name.removeprefix("module.")`.
 

@@ -62,7 +62,7 @@ def state_of(
     _check_slots(optimizer, slots, shapes or {})
     made, convert = updates(count, stored), _function("convert", dict if convert is None else convert)
     try:
-        _check_use("convert", convert, slots["nu"], NEW_PARAMETER)
+        _check_use("convert", convert, slots["nu"])
     except KeyError as error:
         found = f"the checkpoint has {sorted(slots['nu'])}"
         raise ValueError(f"convert asks for {error}, but {found}: strip prefixes like `module.` there") from error
@@ -139,7 +139,7 @@ def arrays_of(state: Any, convert_back: ConvertBack) -> tuple[np.ndarray, dict[s
         if slot == "nu" or any(getattr(x, slot) is not None for x in found):
             arrays = jax.tree.map(functools.partial(_decoded, slot), tree, is_leaf=is_leaf)
             if slot == "nu":
-                _check_use("convert_back", lambda x: _by_name(convert_back(x)), arrays, "leave them out")
+                _check_use("convert_back", lambda x: _by_name(convert_back(x)), arrays)
             named = convert_back(arrays)
             # Contiguous: a framework does not want to own a transposed view.
             slots[slot] = {k: array(f"{slot} of {k}", x).astype(np.float32, order="C") for k, x in named.items()}
@@ -155,7 +155,7 @@ def _decoded(slot: str, found: _states.Accumulators) -> Any:
 
 
 def _by_name(found: Any) -> dict[str, Any]:
-    """What convert_back made, if it is what it should be."""
+    """What convert_back made, checked to be a mapping from names."""
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"convert_back makes {reprlib.repr(found)}: allowed is a mapping from names to arrays")
     return dict(found)
@@ -163,7 +163,14 @@ def _by_name(found: Any) -> dict[str, Any]:
 
 # --- Both ways --------------------------------------------------------------------------------------------
 
-NEW_PARAMETER = "put optax.MaskedNode() in the place of a new parameter, which carry_over starts"
+# How to drop an array on purpose, and what to do about elements of a leaf that come from none.
+ADVICE = {
+    "convert": (
+        "set arrays{} = None",
+        "put optax.MaskedNode() in the place of a new parameter, which carry_over will initialize",
+    ),
+    "convert_back": ("put None in its place, in what it gets or in the state", "leave them out"),
+}
 
 
 def _function(name: str, value: Any) -> Callable[[Any], Any]:
@@ -173,11 +180,12 @@ def _function(name: str, value: Any) -> Callable[[Any], Any]:
     return value
 
 
-def _check_use(name: str, function: Callable[[Any], Any], tree: Any, way_out: str) -> None:
-    """Raises unless every element of `tree` comes out of `function`, and nothing else does.
+def _check_use(name: str, function: Callable[[Any], Any], tree: Any) -> None:
+    """Raises unless every element of `tree` comes out of `function`, and nothing else does but padding of zeros.
 
-    The function gets each array's number in its place. `way_out` is for what the function adds.
+    The function gets each array's number in its place. On the way back it may cut the padding off.
     """
+    drop, way_out = ADVICE[name]
     arrays = tree_flatten_with_path(tree)[0]
     # Odd numbers from 4097: float32 holds them, and neither float16 nor bfloat16 does.
     number = {path: 4097.0 + 2 * i for i, (path, _) in enumerate(arrays)}
@@ -194,13 +202,14 @@ def _check_use(name: str, function: Callable[[Any], Any], tree: Any, way_out: st
     # To drop an array on purpose is to put None in its place. One that is only popped may have been forgotten.
     dropped = [path for path, x in tree_flatten_with_path(numbers, is_leaf=lambda x: x is None)[0] if x is None]
     kept = [(path, x.size) for path, x in arrays if not any(path[: len(start)] == start for start in dropped)]
-    if forgotten := [keystr(path) for path, size in kept if found[path] < size]:
+    least = {path: size if name == "convert" else min(size, 1) for path, size in kept}
+    if forgotten := [keystr(path) for path, size in least.items() if found[path] < size]:
         twice = [keystr(path) for path, x in arrays if found[path] > x.size]
         also = f", and uses {listed(twice)} more than once" if twice else ""
-        drop = f"To drop one on purpose, set arrays{forgotten[0]} = None"
-        raise ValueError(f"{name} leaves out or changes {listed(forgotten)}{also}. {drop}")
+        drop = drop.format(forgotten[0])
+        raise ValueError(f"{name} leaves out or changes {listed(forgotten)}{also}. To drop one on purpose, {drop}")
     known = {*number.values()}
-    if foreign := [path for path, counts in made.items() if counts.keys() - known]:
+    if foreign := [path for path, x in made.items() if x and (x.keys() - known - {0.0} or not x.keys() & known)]:
         raise ValueError(f"{name} makes elements of {listed(foreign)} that come from none of its arrays: {way_out}")
 
 
@@ -211,12 +220,15 @@ def _times(name: str, path: str, x: Any) -> collections.Counter[float]:
     except (TypeError, ValueError, RuntimeError):  # keys of random numbers, and bfloat16 of torch
         found = np.asarray(None)
     if not jnp.issubdtype(found.dtype, jnp.floating) or jnp.finfo(found.dtype).bits < 32:
-        is_array = jnp.issubdtype(found.dtype, jnp.number)
-        problem = f"casts {path} to {found.dtype}" if is_array else f"returns {path} of type {type(x).__name__}"
-        raise ValueError(
-            f"{name} {problem}, but accumulators need float32: cast after {name}, and leave out what is no parameter, "
-            "with eqx.filter(tree, eqx.is_inexact_array) or nnx.filter_state(state, nnx.Param)"
-        )
+        ways_out = [
+            f"cast after {name}",
+            "leave out what is no parameter, with eqx.filter(tree, eqx.is_inexact_array) or "
+            "nnx.filter_state(state, nnx.Param)",
+        ]
+        if not jnp.issubdtype(found.dtype, jnp.number):
+            raise ValueError(f"{name} returns {path} of type {type(x).__name__}: {ways_out[1]}")
+        way_out = ways_out[0] if jnp.issubdtype(found.dtype, jnp.inexact) else ", or ".join(ways_out)
+        raise ValueError(f"{name} casts {path} to {found.dtype}, but accumulators need float32: {way_out}")
     return collections.Counter(
         dict(zip(*(part.tolist() for part in np.unique(found, return_counts=True)), strict=True))
     )

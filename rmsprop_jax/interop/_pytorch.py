@@ -104,7 +104,7 @@ def to_pytorch(state: Any, names: Names, convert_back: ConvertBack) -> dict[int,
         state: of `dialects.pytorch`, `dialects.timm` or `dialects.stable_baselines3`.
         names: of the parameters, in the order of the optimizer's groups. A mapping from names to weights, or a model,
             has them in the model's order: shapes are checked, but **a wrong order of layers of one shape cannot be
-            detected**. With several groups, take the names from there::
+            detected**. With several groups, take the names in their order::
 
                 name_of = {p: name for name, p in model.named_parameters()}
                 names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]

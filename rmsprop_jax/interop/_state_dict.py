@@ -189,7 +189,7 @@ def _stored(groups: Sequence[Mapping[str, Any]], keys: list[Any], weights: Mappi
 
 
 def _address(x: Any) -> Any:
-    """Where a tensor lies, with its shape: the tensors of a model's `state_dict()` are others, of the same memory."""
+    """Where a tensor lies, with its shape: `state_dict()` returns new tensors over the same memory."""
     try:
         return (x.data_ptr(), *x.shape) if x.data_ptr() else id(x)
     except (AttributeError, RuntimeError):
@@ -206,8 +206,8 @@ def _by_shape(
         names = [name for name, shape in weights.items() if shape in shapes]
         if shapes != [weights[name] for name in names]:
             raise ValueError(
-                f"{problem}, and shapes do not tell which weight is which: pass optimizer and model, or a list of "
-                "names in the order of the groups"
+                f"{problem}, and shapes do not tell which weight is which: pass the optimizer and the model that it "
+                "trains, or a list of names in the order of the groups"
             )
         name_of |= zip(group, names, strict=True)
     return name_of
