@@ -124,8 +124,9 @@ def _counts(old: Contents, names: Collection[Name] = ()) -> Mapping[Path, Any]:
 
 def _distinct(values: Mapping[Path, Any]) -> Mapping[Path, Any]:
     """One of them if all are equal."""
-    first = dict(list(values.items())[:1])
-    return first if all(_equal(x, y) for x in values.values() for y in first.values()) else values
+    paths = [*values]
+    alike = all(_equal(values[path], values[paths[0]]) for path in paths)
+    return {path: values[path] for path in paths[:1]} if alike else values
 
 
 def _moves_of_accumulators(found: Mapping[Name, Accumulators], old: Contents, new: Contents) -> dict[Path, Move]:
@@ -254,9 +255,10 @@ def _lost(old: Contents, new: Contents, reason: str) -> Iterator[str]:
     if lost:
         itself = listed(f"state{keystr(path)}" for path in old.states)
         error = f"state also holds {listed(lost)}: {reason}. To drop it, pass RMSProp's own state, {itself}"
-        counters = [(at, path, x) for at in old.states for path, x in old.counts(at).items()]
-        outside = [x for at, path, x in counters if new.states and path[: len(at)] != at]
-        yield error + "".join(f", and then call optax.tree.set(result, count={x})" for x in outside[:1])
+        outside = [x for at in old.states for path, x in old.counts(at).items() if path[: len(at)] != at]
+        if outside and new.states:  # without the wrapper that counts, the count is 0
+            error += f", and then call optax.tree.set(result, count={outside[0]})"
+        yield error
 
 
 def _exchanged_buffers(found: Mapping[Name, Accumulators], new: Contents, moves: Mapping[Path, Move]) -> Iterator[str]:
@@ -298,9 +300,9 @@ def _is_random_key(x: Any) -> bool:
 def _listed(values: Mapping[Path, Any]) -> str:
     """Values of one thing with their paths, and how to make them equal."""
     shown = [f"{x} in state{keystr(path)}" if np.ndim(x) == 0 else f"state{keystr(path)}" for path, x in values.items()]
-    fields = {path[-1].name: "..." for path in values if path and isinstance(path[-1], GetAttrKey)}
-    way_out = ", ".join(f"{name}={value}" for name, value in fields.items())
-    return listed(shown) + f". Set one for all with optax.tree.set(state, {way_out})" * bool(fields)
+    fields = dict.fromkeys(f"{path[-1].name}=..." for path in values if path and isinstance(path[-1], GetAttrKey))
+    way_out = f". Set one for all with optax.tree.set(state, {listed(fields)})" if fields else ""
+    return listed(shown) + way_out
 
 
 def _below(name: Name, prefixes: Iterable[Name]) -> bool:

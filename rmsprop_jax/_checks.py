@@ -85,7 +85,7 @@ def positive(name: str, value: Any) -> Any:
     """Checks a number to divide by."""
     value = number(name, value, lower=-math.inf)
     if not is_traced(value) and value < np.finfo(np.float32).tiny:
-        raise ValueError(f"{name}={value!r}: allowed is a number above 0, from 1.2e-38: float32 cannot divide by less")
+        raise ValueError(f"{name}={value!r}: allowed is a number above 0 (float32 cannot divide by less than 1.2e-38)")
     return value
 
 

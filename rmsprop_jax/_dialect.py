@@ -65,7 +65,8 @@ class Dialect(NamedTuple):
             other = neutral if isinstance(neutral, str) else None
             _checks.refuse(name, arguments[name], neutral if other is None else arguments[other], remedy, other)
         for name, option in self.named.items():  # here, because `rmsprop` does not know this name
-            if option in _RENAMED and not (arguments[name] is None is self.signature.parameters[name].default):
+            has_value = arguments[name] is not None or self.signature.parameters[name].default is not None
+            if option in _RENAMED and has_value:
                 _RENAMED[option](name, arguments[name])
         flags = [name for name in self.honoured if isinstance(self.signature.parameters[name].default, bool)]
         arguments = arguments | {name: _checks.flag(name, arguments[name]) for name in flags}

@@ -215,7 +215,7 @@ def _one_by_one(tx: Any, params: Any, state: Any, n: int) -> tuple[Callable[...,
     return jax.vmap(update, in_axes=(0, 0, 0, None)), jax.tree.map(lambda _: True, state)
 
 
-_OWN_STATES = "Use jax.vmap(tx.init)(params) as the state: then each layer has its own. Do not use optax.flatten"
+_OWN_STATES = "Leave out optax.flatten, or use jax.vmap(tx.init)(params) as the state: then each layer has its own"
 
 
 def _take(tree: Any, i: Any) -> Any:

@@ -172,8 +172,8 @@ def _without_rmsprop(state: Any, argument: str, contents: Contents) -> str:
     error = (
         f"no state of RMSProp in {argument}, which is a {type(state).__name__}: it holds {listed(kinds) or 'nothing'}"
     )
-    for path in [*find(state, _is_restored)][:1]:
-        where = f"{argument}{keystr(path)}"
+    if restored := find(state, _is_restored):
+        where = f"{argument}{keystr(next(iter(restored)))}"
         error += f". If {where} is of rmsprop_jax, restored as a dict, put RMSPropState(**{where}) there"
     if any(DictKey("nu") in path for path in contents.arrays):
         error += ". If a state of Optax was restored as dicts, restore it with a target such as tx.init(params)"
@@ -349,6 +349,10 @@ def _without_dict_boxes(state: Any) -> Any:
     return jax.tree.map(lambda x: x["value"] if is_box(x) else x, state, is_leaf=is_box)
 
 
+def _is_counter(x: Any) -> bool:
+    return np.shape(x) == () and jnp.issubdtype(x.dtype, jnp.integer)
+
+
 # --- Wrappers ---------------------------------------------------------------------------------------------
 
 
@@ -422,7 +426,3 @@ def _update_counters() -> frozenset[tuple[type, str]]:
     counts = [(kind, "count") for kind in (*_INJECTIONS, *kinds, optax.AddNoiseState)]
     steps = [(kind, "step") for kind in (optax.ConditionallyTransformState, optax.ConditionallyMaskState)]
     return frozenset([*counts, *steps, (optax.MultiStepsState, "gradient_step")])
-
-
-def _is_counter(x: Any) -> bool:
-    return np.shape(x) == () and jnp.issubdtype(x.dtype, jnp.integer)

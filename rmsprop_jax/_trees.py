@@ -69,7 +69,9 @@ def params_with_gradients(updates: Any, params: Any, option: str, mask: Any = No
     """`params`, which `option` needs, with None where there is no gradient or the mask is False."""
     if params is None:
         raise ValueError(f"{option} needs params: call update(updates, state, params)")
-    _column(_flatten(updates), params, "params", "gradient")  # raises where the structures differ
+    flat = leaves, treedef = _flatten(updates)
+    given = _column(flat, params, "params", "gradient")
+    selected = given if mask is None else _column(flat, _masked(params, mask), "params", "gradient")
 
     def leaf(path: Any, grad: Any, given: Any, selected: Any) -> Any:
         if grad is None:
@@ -80,8 +82,8 @@ def params_with_gradients(updates: Any, params: Any, option: str, mask: Any = No
             checked_dtype("parameter", path, selected)
         return selected
 
-    selected = params if mask is None else _masked(params, mask)
-    return jax.tree.map_with_path(leaf, updates, params, selected, is_leaf=lambda x: x is None)
+    columns = zip(leaves, given, selected, strict=True)
+    return treedef.unflatten(leaf(path, grad, param, kept) for (path, grad), param, kept in columns)
 
 
 def checked_mask(mask: Any) -> Any:

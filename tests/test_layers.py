@@ -340,7 +340,7 @@ def test_optax_flatten_is_refused_with_every_kind_of_state():
     outer, params = parameters()
     tx = optax.flatten(rmsprop(1e-2))
     for init in (tx.init, jax.vmap(tx.init)):
-        with pytest.raises(ValueError, match="(Do not use|leave out) optax.flatten"):
+        with pytest.raises(ValueError, match="[Ll]eave out optax.flatten"):
             once(outer, params, init(params), tx)
 
 
