@@ -36,7 +36,7 @@ LIVE += " hydra-core fiddle gin-config jsonargparse kauldron"
 nox.options.error_on_missing_interpreters = True
 nox.options.stop_on_first_error = True
 os.environ |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_PROGRESS_BAR": "off", "PIP_QUIET": "1"}
-# 0 means yes, as pip's documentation says. Compiling every module takes half of an installation.
+# 0 turns --no-compile on, as pip's documentation says. Compiling every module takes half of an installation.
 os.environ["PIP_NO_COMPILE"] = "0"
 
 
